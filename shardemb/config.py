@@ -1,0 +1,276 @@
+"""RunConfig: the whole run in one validated YAML file. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from planner import RequestError, ShardingRule, TableSpec
+from planner.tables import DataType, TableOptimizerName
+from shardemb.yaml_config import apply_overrides, expand_keys, expand_names, read_yaml
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DenseConfig(_Section):
+    """Numeric columns that go into the model as they are."""
+
+    columns: list[str] = Field(default_factory=list, description="names; I{1..13} is a range")
+    transform: Literal["none", "log"] = Field(
+        default="none", description="log: sign(x) * log(1 + |x|), for counts"
+    )
+    null_value: float = Field(default=0.0, description="stands for a null, after the transform")
+
+    @field_validator("columns")
+    @classmethod
+    def _expand(cls, columns: list[str]) -> list[str]:
+        return _each_once(expand_names(columns))
+
+
+class FeatureConfig(_Section):
+    """How one sparse feature is read."""
+
+    column: str | None = Field(default=None, description="Parquet column; default: its own name")
+    ids: Literal["as_is", "hash"] = Field(
+        default="as_is", description="as_is: ids are rows of the table; hash: any id, hashed"
+    )
+    weights: str | None = Field(default=None, description="column of weights, one for each id")
+    null_row: int | None = Field(
+        default=None, ge=0, description="row that stands for a null; default: a null has no id"
+    )
+
+
+class DataConfig(_Section):
+    """The data set: a folder with train/ and test/ in it, each of Parquet files."""
+
+    dir: Path
+    label: str = "label"
+    dense: DenseConfig = DenseConfig()
+    features: dict[str, FeatureConfig] = Field(
+        default_factory=dict, description="only where a feature is not simply a column of ids"
+    )
+    shuffle: bool = Field(default=True, description="row groups and rows, anew each epoch")
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _expand(cls, features: Any) -> Any:
+        return expand_keys(features) if isinstance(features, dict) else features
+
+
+class TableConfig(_Section):
+    """One embedding table."""
+
+    num_embeddings: int = Field(gt=0)
+    embedding_dim: int = Field(gt=0, multiple_of=4, description="FBGEMM reads vectors of four")
+    feature_names: list[str] | None = Field(
+        default=None, description="features that look it up; default: the one of its name"
+    )
+    pooling: Literal["sum", "mean"] = "sum"
+    pooling_factor: float = Field(default=1.0, ge=0, description="mean ids a row, for planning")
+    dtype: DataType = "fp32"
+
+    @field_validator("feature_names")
+    @classmethod
+    def _used(cls, names: list[str] | None) -> list[str] | None:
+        if names is not None and not names:
+            raise ValueError("no feature uses this table: name one, or remove the table")
+        return None if names is None else _each_once(expand_names(names))
+
+
+class ModelConfig(_Section):
+    """`dlrm`, `dcn_v2`, or `package.module:callable` with its own arguments."""
+
+    name: str = "dlrm"
+    args: dict[str, Any] = Field(default_factory=dict, description="arguments of the model")
+
+
+def _rule(value: Any) -> Any:
+    return {"sharding_type": value} if isinstance(value, str) else value
+
+
+Rule = Annotated[ShardingRule, BeforeValidator(_rule)]
+
+
+class ShardingConfig(_Section):
+    """A sharding type for all tables, others for some, or a plan made before."""
+
+    default: Rule = ShardingRule(sharding_type="table_wise")
+    tables: dict[str, Rule] = Field(default_factory=dict)
+    plan: Path | None = Field(default=None, description="a plan.json to use instead of the rules")
+
+    @field_validator("tables", mode="before")
+    @classmethod
+    def _expand(cls, tables: Any) -> Any:
+        if not isinstance(tables, dict):
+            return tables
+        return expand_keys({name: _rule(value) for name, value in tables.items()})
+
+
+class TableOptimizerConfig(_Section):
+    """The optimizer of the embedding tables, run inside backward."""
+
+    name: TableOptimizerName = "rowwise_adagrad"
+    lr: float = Field(default=0.01, ge=0)
+    eps: float = Field(default=1e-8, gt=0, description="adagrad and rowwise_adagrad")
+
+
+class DenseOptimizerConfig(_Section):
+    """The optimizer of everything that is not an embedding table."""
+
+    name: Literal["sgd", "adam", "adamw", "adagrad"] = "adam"
+    lr: float = Field(default=0.001, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class TrainConfig(_Section):
+    batch_size: int = Field(default=2048, gt=0, description="rows a step on each rank")
+    epochs: int = Field(default=1, gt=0)
+    max_steps: int | None = Field(default=None, gt=0, description="stop after so many steps")
+    log_every: int = Field(default=20, gt=0, description="steps between lines in metrics.jsonl")
+    table_optimizer: TableOptimizerConfig = TableOptimizerConfig()
+    dense_optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
+
+
+class LaunchConfig(_Section):
+    nproc_per_node: int = Field(default=2, gt=0, description="workers on this machine")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: cuda where every worker can have its own GPU"
+    )
+
+
+class RunConfig(_Section):
+    """Everything about a run. `shardemb train --print-schema` prints its JSON Schema."""
+
+    seed: int = Field(default=0, ge=0)
+    output: Path = Field(default=Path("runs/latest"), description="the run directory")
+    data: DataConfig
+    tables: dict[str, TableConfig] = Field(min_length=1)
+    model: ModelConfig = ModelConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    train: TrainConfig = TrainConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @field_validator("tables", mode="before")
+    @classmethod
+    def _expand(cls, tables: Any) -> Any:
+        return expand_keys(tables) if isinstance(tables, dict) else tables
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> RunConfig:
+        used = {name for table in self.table_specs() for name in table.feature_names}
+        for name in self.data.features:
+            if name not in used:
+                raise ValueError(
+                    f"data.features.{name}: no table uses this feature{_nearest(name, used)}"
+                )
+        for name in self.sharding.tables:
+            if name not in self.tables:
+                raise ValueError(
+                    f"sharding.tables.{name}: there is no such table{_nearest(name, self.tables)}"
+                )
+        for table in self.table_specs():
+            for name in table.feature_names:
+                row = self.feature(name).null_row
+                if row is not None and row >= table.num_embeddings:
+                    raise ValueError(
+                        f"data.features.{name}.null_row: row {row} is outside table "
+                        f"{table.name}, whose rows are 0 to {table.num_embeddings - 1}"
+                    )
+        return self
+
+    def feature(self, name: str) -> FeatureConfig:
+        return self.data.features.get(name, FeatureConfig())
+
+    def table_specs(self) -> list[TableSpec]:
+        """The tables as the planner knows them."""
+        return [
+            TableSpec(
+                name=name,
+                num_embeddings=table.num_embeddings,
+                embedding_dim=table.embedding_dim,
+                feature_names=tuple(table.feature_names or [name]),
+                pooling_factor=table.pooling_factor,
+                dtype=table.dtype,
+                optimizer=self.train.table_optimizer.name,
+            )
+            for name, table in self.tables.items()
+        ]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and validate a run config.
+
+    `overrides` are `key.sub=value` strings. RequestError lists every wrong key by its full path.
+    """
+    document = read_yaml(Path(path))
+    apply_overrides(document, overrides)
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        lines = "\n".join(f"  {_explain(e)}" for e in error.errors())
+        raise RequestError(f"{path} is not a valid config:\n{lines}") from error
+
+
+def _explain(error: Any) -> str:
+    location = tuple(error["loc"])
+    path = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        return f"{path}: unknown key{_nearest(str(location[-1]), known)}"
+    if error["type"] == "missing":
+        return f"{path}: required, but not given"
+    message = error["msg"].removeprefix("Value error, ")
+    if not path:
+        return str(message)
+    shown = repr(error["input"])
+    found = f" (found {shown if len(shown) < 80 else shown[:77] + '...'})"
+    return f"{path}: {message}{found}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """The keys that the section at `location` takes."""
+    annotation: Any = RunConfig
+    for part in location:
+        while get_origin(annotation) in (Annotated, Union, types.UnionType):
+            annotation = get_args(annotation)[0]
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+        else:
+            annotation = annotation.model_fields[part].annotation
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return list(annotation.model_fields)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.3)
+    if close:
+        return f"; did you mean {close[0]}?"
+    names = sorted(known)
+    return f"; known are {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
+
+
+def _each_once(names: list[str]) -> list[str]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is named twice")
+    return names

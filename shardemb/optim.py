@@ -1,0 +1,94 @@
+"""Optimizers of tables (inside backward) and of dense parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torchrec.optim import (
+    CombinedOptimizer,
+    KeyedOptimizerWrapper,
+    RowWiseAdagrad,
+    apply_optimizer_in_backward,
+)
+
+from planner import Plan
+from shardemb.config import DenseOptimizerConfig, TableOptimizerConfig
+from shardemb.sharding.tables import HeldTable
+
+_TABLE: dict[str, type[Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "rowwise_adagrad": RowWiseAdagrad,
+}
+_DENSE: dict[str, type[Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adagrad": torch.optim.Adagrad,
+}
+
+
+def table_optimizer_kwargs(config: TableOptimizerConfig) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {"lr": config.lr}
+    if config.name != "sgd":
+        kwargs["eps"] = config.eps
+    return kwargs
+
+
+def attach_table_optimizer(
+    tables: Iterable[HeldTable], plan: Plan, config: TableOptimizerConfig
+) -> None:
+    """Have each table that the plan shards updated inside backward, by FBGEMM's fused kernel."""
+    sharded = [
+        table.parameter
+        for table in tables
+        if plan.tables[table.config.name].sharding_type != "data_parallel"
+    ]
+    with warnings.catch_warnings():
+        # The public name forwards to PyTorch's private one and says so each time.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for parameter in sharded:
+            apply_optimizer_in_backward(
+                _TABLE[config.name], [parameter], table_optimizer_kwargs(config)
+            )
+
+
+def make_optimizer(
+    model: nn.Module, plan: Plan, dense: DenseOptimizerConfig, tables: TableOptimizerConfig
+) -> CombinedOptimizer:
+    """The optimizer of all that is updated after backward: `model` as sharded by `plan`.
+
+    Dense parameters get `dense`; tables sharded `data_parallel` get the tables' optimizer, so
+    that a table learns the same way however it is sharded.
+    """
+    replicated: dict[str, nn.Parameter] = {}
+    others: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        table = _table_of(name, plan)
+        if table is None:
+            others[name] = parameter
+        elif plan.tables[table].sharding_type == "data_parallel":
+            replicated[name] = parameter
+    optimizers: list[tuple[str, Any]] = []
+    if others:
+        kwargs = {"lr": dense.lr, "weight_decay": dense.weight_decay}
+        make_dense = _DENSE[dense.name]
+        optimizers.append(("dense", KeyedOptimizerWrapper(others, lambda p: make_dense(p, **kwargs))))
+    if replicated:
+        make_table, table_kwargs = _TABLE[tables.name], table_optimizer_kwargs(tables)
+        optimizers.append(
+            ("tables", KeyedOptimizerWrapper(replicated, lambda p: make_table(p, **table_kwargs)))
+        )
+    return CombinedOptimizer(optimizers)
+
+
+def _table_of(parameter_name: str, plan: Plan) -> str | None:
+    """The table whose weight this is; TorchRec names it `...embedding_bags.TABLE.weight`."""
+    *_, collection, table, leaf = ["", "", *parameter_name.split(".")]
+    is_table = collection in ("embedding_bags", "embeddings") and leaf == "weight"
+    return table if is_table and table in plan.tables else None

@@ -1,0 +1,127 @@
+"""shard_model: a model and a plan become a model whose tables live on many ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
+
+from planner import Plan, PlannerError, Topology
+from shardemb.config import TableOptimizerConfig
+from shardemb.optim import attach_table_optimizer
+from shardemb.sharding.initialize import fill, from_parameter, from_seed
+from shardemb.sharding.sharders import sharders
+from shardemb.sharding.tables import HeldTable, held_tables, tables_from_module
+from shardemb.sharding.torchrec_plan import to_torchrec
+
+logger = logging.getLogger(__name__)
+
+
+class ShardedModel(DistributedModelParallel):
+    """TorchRec's DistributedModelParallel, which remembers its plan and table optimizer.
+
+    Gradients are those of the mean loss over the rows of all ranks, for every sharding type:
+    each rank's loss is the mean over its own rows, and ranks are averaged.
+    """
+
+    planner_plan: Plan  # DistributedModelParallel.plan is the same as TorchRec has it
+    table_optimizer: TableOptimizerConfig
+
+
+def current_topology() -> Topology:
+    """The ranks of the default process group, as torchrun or `shardemb` started them."""
+    world_size = dist.get_world_size()
+    return Topology(
+        world_size=world_size,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+    )
+
+
+def shard_model(
+    model: nn.Module,
+    plan: Plan,
+    table_optimizer: TableOptimizerConfig | None = None,
+    *,
+    device: torch.device | None = None,
+    seed: int = 0,
+) -> ShardedModel:
+    """Shard the embedding collections of `model` as `plan` says; replicate all else.
+
+    Call it on every rank, with the process group initialized. Tables on the meta device get
+    first values from `seed` and their name alone, the same under every plan; others keep the
+    values they have. The tables' optimizer runs inside backward; tables that the plan has as
+    `data_parallel` and dense layers are left to `shardemb.Trainer` or
+    `shardemb.optim.make_optimizer`.
+
+    Raises PlannerError where the plan is for other tables or for another topology.
+    """
+    optimizer = table_optimizer or TableOptimizerConfig()
+    device = device or torch.device("cpu")
+    plan.check_fits(tables_from_module(model, optimizer.name), current_topology())
+    _warn_of_column_momentum(plan, optimizer)
+    held = list(held_tables(model))
+    attach_table_optimizer(held, plan, optimizer)
+    sharded = ShardedModel(
+        model,
+        env=ShardingEnv.from_process_group(_world()),
+        device=device,
+        plan=to_torchrec(plan, model, device),
+        sharders=sharders(),
+        init_data_parallel=False,
+    )
+    _initialize_tables(sharded, held, device, seed)
+    sharded.init_data_parallel()
+    sharded.planner_plan, sharded.table_optimizer = plan, optimizer
+    return sharded
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    if group is None:
+        raise PlannerError(
+            "no process group: call shardemb.init_process_group() before shard_model, and start "
+            "the script with torchrun"
+        )
+    return group
+
+
+def _initialize_tables(
+    sharded: ShardedModel, held: list[HeldTable], device: torch.device, seed: int
+) -> None:
+    state = sharded.state_dict()
+    for path, _, config, parameter in held:
+        source = (
+            from_seed(config, seed, device) if parameter.is_meta else from_parameter(parameter)
+        )
+        if source is not None:
+            fill(_table_in(state, path, config.name), source)
+
+
+def _table_in(state: dict[str, torch.Tensor], path: str, table: str) -> torch.Tensor:
+    prefix = f"{path}." if path else ""
+    for collection in ("embedding_bags", "embeddings"):
+        key = f"{prefix}{collection}.{table}.weight"
+        if key in state:
+            return state[key]
+    raise AssertionError(f"TorchRec's state_dict has no table {path}.{table}")
+
+
+def _warn_of_column_momentum(plan: Plan, optimizer: TableOptimizerConfig) -> None:
+    if optimizer.name != "rowwise_adagrad" or dist.get_rank() != 0:
+        return
+    split = [
+        name
+        for name, table in plan.tables.items()
+        if any(shard.columns < table.embedding_dim for shard in table.shards)
+    ]
+    if split:
+        logger.warning(
+            "rowwise_adagrad keeps one momentum for each column shard of a row, not one for the "
+            "row: tables %s will train slightly differently than unsharded",
+            ", ".join(split[:10]) + (" ..." if len(split) > 10 else ""),
+        )

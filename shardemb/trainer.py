@@ -1,0 +1,153 @@
+"""Trainer: the road of a batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from planner import UserError
+from shardemb.config import DenseOptimizerConfig
+from shardemb.data.batch import Batch
+from shardemb.data.parquet import ParquetReader
+from shardemb.metrics.evaluation import Evaluation, Evaluator
+from shardemb.optim import make_optimizer
+from shardemb.sharding.shard_model import ShardedModel
+
+# The first steps build buckets, thread pools and caches: speed is measured after them.
+WARMUP_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands; the same on every rank."""
+
+    step: int
+    samples: int  # rows so far, over all ranks
+    train_loss: float  # mean over the rows since the last report, over all ranks
+    samples_per_second: float  # over all ranks, since the warm-up
+    data_wait_fraction: float  # of this rank's time
+
+
+class Trainer:
+    """Trains a sharded model on binary labels.
+
+    The loss is the mean binary cross-entropy over the rows of all ranks; `model(batch)` gives
+    one logit a row, [batch_size] or [batch_size, 1].
+    """
+
+    def __init__(
+        self, model: ShardedModel, dense_optimizer: DenseOptimizerConfig | None = None
+    ) -> None:
+        self.model = model
+        self.device = model.device
+        self.world_size = dist.get_world_size()
+        self.optimizer = make_optimizer(
+            model,
+            model.planner_plan,
+            dense_optimizer or DenseOptimizerConfig(),
+            model.table_optimizer,
+        )
+
+    def train_step(self, batch: Batch) -> torch.Tensor:
+        """One step on this rank's `batch`; this rank's part of the loss, summed over its rows."""
+        self.optimizer.zero_grad()
+        batch = batch.to(self.device)
+        loss_sum = self._loss_sum(self._logits(batch), batch)
+        # Gradients are averaged over ranks, so this makes them those of the mean over all rows.
+        (loss_sum * (self.world_size / batch.global_rows)).backward()
+        self.optimizer.step()
+        return loss_sum.detach()
+
+    def train(
+        self,
+        reader: ParquetReader,
+        *,
+        epochs: int = 1,
+        max_steps: int | None = None,
+        report_every: int = 20,
+        report: Callable[[Progress], None] = lambda progress: None,
+    ) -> Progress:
+        """Train for `epochs`, or `max_steps`; `report` is called every so many steps and last."""
+        steps = min(epochs * reader.steps_per_epoch, max_steps or 1 << 62)
+        batches = (batch for epoch in range(epochs) for batch in reader.epoch(epoch))
+        self.model.train()
+        meter = _Meter(self.device)
+        for step in range(1, steps + 1):
+            batch = meter.wait_for(batches)
+            meter.add(self.train_step(batch), batch.global_rows)
+            if step == WARMUP_STEPS:
+                meter.start_steady_state()
+            if step % report_every == 0 or step == steps:
+                progress = meter.progress(step)
+                report(progress)
+        return progress
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Metrics over the rows of all ranks; every rank must give as many batches."""
+        self.model.eval()
+        evaluator = Evaluator(self.device)
+        for batch in batches:
+            batch = batch.to(self.device)
+            evaluator.update(self._logits(batch), batch)
+        return evaluator.compute()
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        logits = self.model(batch)
+        if logits.numel() != batch.labels.numel():
+            raise UserError(
+                f"the model gave a tensor of shape {list(logits.shape)} for a batch of "
+                f"{batch.labels.numel()} rows: it must give one logit a row"
+            )
+        return logits.reshape(-1)
+
+    @staticmethod
+    def _loss_sum(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return binary_cross_entropy_with_logits(
+            logits.float(), batch.labels, weight=batch.mask, reduction="sum"
+        )
+
+
+class _Meter:
+    """Counts rows, loss, time and the part of it spent waiting for data."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._loss_rows = 0
+        self.samples = 0
+        self.start_steady_state()
+
+    def start_steady_state(self) -> None:
+        self._since, self._waited, self._rows_before = time.perf_counter(), 0.0, self.samples
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        start = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - start
+        return batch
+
+    def add(self, loss_sum: torch.Tensor, global_rows: int) -> None:
+        self._loss += loss_sum
+        self._loss_rows += global_rows
+        self.samples += global_rows
+
+    def progress(self, step: int) -> Progress:
+        """A collective: the loss is summed over ranks, and counted anew from here."""
+        loss = self._loss.clone()
+        dist.all_reduce(loss)
+        mean = loss.item() / self._loss_rows
+        self._loss.zero_()
+        self._loss_rows = 0
+        seconds = time.perf_counter() - self._since
+        return Progress(
+            step=step,
+            samples=self.samples,
+            train_loss=mean,
+            samples_per_second=(self.samples - self._rows_before) / seconds,
+            data_wait_fraction=self._waited / seconds,
+        )

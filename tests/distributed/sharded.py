@@ -1,0 +1,119 @@
+"""The same model and rows as the reference, sharded: runs inside the pool's workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
+
+from planner import Plan
+from shardemb.config import DenseOptimizerConfig, TableOptimizerConfig
+from shardemb.data.batch import Batch
+from shardemb.sharding.shard_model import ShardedModel, shard_model
+from shardemb.trainer import Trainer
+from tests.distributed.reference import (
+    DENSE_LR,
+    EPS,
+    FEATURES,
+    TABLE_LR,
+    TABLES,
+    DenseLayers,
+    Rows,
+    first_weights,
+)
+
+
+class Model(nn.Module):
+    def __init__(self, weighted: bool) -> None:
+        super().__init__()
+        first = first_weights()
+        self.embeddings = EmbeddingBagCollection(
+            tables=[
+                EmbeddingBagConfig(
+                    name=table.name,
+                    num_embeddings=table.rows,
+                    embedding_dim=table.dim,
+                    feature_names=list(table.features),
+                    pooling=PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM,
+                )
+                for table in TABLES
+            ],
+            is_weighted=weighted,
+        )
+        self.layers = DenseLayers()
+        self.layers.load_state_dict({n: first[n] for n in self.layers.state_dict()})
+        with torch.no_grad():
+            for table in TABLES:
+                self.embeddings.embedding_bags[table.name].weight.copy_(first[table.name])
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        # By name: the order of `.values()` depends on how tables are sharded.
+        pooled = self.embeddings(batch.sparse)
+        return self.layers(batch.dense, torch.cat([pooled[f] for f in FEATURES], dim=1))
+
+
+def pad_batch(rows: Rows, size: int, global_rows: int, weighted: bool) -> Batch:
+    """`rows` and padding up to `size`."""
+    padding = size - len(rows)
+    lengths = [len(bag) for f in FEATURES for bag in rows.ids[f] + [[]] * padding]
+    values = [i for f in FEATURES for bag in rows.ids[f] for i in bag]
+    weights = [w for f in FEATURES for bag in rows.weights[f] for w in bag]
+    return Batch(
+        dense=torch.nn.functional.pad(rows.dense, (0, 0, 0, padding)),
+        sparse=KeyedJaggedTensor(
+            keys=list(FEATURES),
+            values=torch.tensor(values, dtype=torch.long),
+            lengths=torch.tensor(lengths),
+            weights=torch.tensor(weights) if weighted else None,
+        ),
+        labels=torch.nn.functional.pad(rows.labels, (0, padding)),
+        mask=torch.tensor([1.0] * len(rows) + [0.0] * padding),
+        global_rows=global_rows,
+    )
+
+
+def train(
+    plan: Plan,
+    table_optimizer: str,
+    dense_optimizer: str,
+    weighted: bool,
+    steps: list[Rows],
+    batch_size: int,
+) -> dict[str, Any]:
+    """Train on this rank's part of `steps`; what the rank then holds, for `assemble`."""
+    rank = torch.distributed.get_rank()
+    tables = TableOptimizerConfig(name=table_optimizer, lr=TABLE_LR, eps=EPS)
+    model = shard_model(Model(weighted), plan, tables)
+    trainer = Trainer(model, DenseOptimizerConfig(name=dense_optimizer, lr=DENSE_LR))
+    for rows in steps:
+        mine = rows.part(rank * batch_size, (rank + 1) * batch_size)
+        trainer.train_step(pad_batch(mine, batch_size, len(rows), weighted))
+    return holdings(model, trainer)
+
+
+def holdings(model: ShardedModel, trainer: Trainer) -> dict[str, Any]:
+    """name -> list of (row offset, column offset, values) that this rank holds."""
+    held: dict[str, Any] = {}
+    for name, value in model.state_dict().items():
+        held[_short(name)] = _pieces(value)
+    for optimizer in (model.fused_optimizer, trainer.optimizer):
+        for name, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                if "embedding_bags" in name and ("momentum" in key or key == "sum"):
+                    held[_short(name) + ".state"] = _pieces(value)
+    return held
+
+
+def _short(name: str) -> str:
+    """`embeddings.embedding_bags.narrow.weight` -> `narrow`, `layers.out.bias` -> `out.bias`."""
+    if "embedding_bags" in name:
+        return name.split(".")[-2]
+    return name.removeprefix("layers.")
+
+
+def _pieces(value: Any) -> list[tuple[int, int, torch.Tensor]]:
+    if hasattr(value, "local_shards"):
+        return [(*s.metadata.shard_offsets, s.tensor.clone()) for s in value.local_shards()]
+    return [(0, 0, value.clone())]

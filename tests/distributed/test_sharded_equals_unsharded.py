@@ -1,0 +1,77 @@
+"""Sharded training equals unsharded training, for every sharding type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from planner import Plan, ShardingRule, TableSpec, Topology, plan_by_rule
+from planner.geometry import SHARDING_TYPES
+from tests.distributed import sharded
+from tests.distributed.pool import WorkerPool
+from tests.distributed.reference import TABLES, Reference, Rows, draw_rows
+
+BATCH_SIZE = 6
+OPTIMIZERS = [("sgd", "sgd"), ("adagrad", "adagrad"), ("rowwise_adagrad", "adam")]
+
+
+def specs(optimizer: str) -> list[TableSpec]:
+    return [
+        TableSpec(name=t.name, num_embeddings=t.rows, embedding_dim=t.dim, optimizer=optimizer)
+        for t in TABLES
+    ]
+
+
+def draw_steps(world_size: int) -> list[Rows]:
+    """Four full steps and a last one that leaves some ranks with few rows or none."""
+    generator = torch.Generator().manual_seed(3)
+    full = [draw_rows(world_size * BATCH_SIZE, generator) for _ in range(4)]
+    return [*full, draw_rows(world_size * BATCH_SIZE // 2 + 1, generator)]
+
+
+def column_shards(plan: Plan) -> dict[str, int]:
+    return {n: len({s.column_offset for s in t.shards}) for n, t in plan.tables.items()}
+
+
+def assemble(name: str, expected: torch.Tensor, by_rank: list[dict[str, Any]]) -> torch.Tensor:
+    """One tensor from what all ranks hold; NaN where no rank holds anything."""
+    whole = torch.full_like(expected, torch.nan)
+    for held in by_rank:
+        for piece in held.get(name, []):
+            row, column, values = piece if len(piece) == 3 else (*piece[:1], 0, piece[-1])
+            values = values.reshape(-1, 1) if name.endswith(".state") and values.dim() == 1 else values
+            if name.endswith(".state") and values.shape[1] == 1 and column:
+                column = column * whole.shape[1] // DIMS[name.removesuffix(".state")]
+            if values.dim() == 1:
+                whole[:] = values
+            else:
+                whole[row : row + values.shape[0], column : column + values.shape[1]] = values
+    return whole
+
+
+DIMS = {table.name: table.dim for table in TABLES}
+
+
+def check(pool: WorkerPool, plan: Plan, tables: str, dense: str, weighted: bool) -> None:
+    steps = draw_steps(pool.world_size)
+    shards = column_shards(plan) if tables == "rowwise_adagrad" else {}
+    expected = Reference(tables, dense, weighted, shards).train(steps)
+    held = pool.run(sharded.train, plan, tables, dense, weighted, steps, BATCH_SIZE)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            assemble(name, value, held), value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize(("tables", "dense"), OPTIMIZERS)
+@pytest.mark.parametrize("sharding_type", SHARDING_TYPES)
+def test_every_type(
+    pool: WorkerPool, sharding_type: str, tables: str, dense: str, weighted: bool
+) -> None:
+    """After five steps tables, optimizer states and dense weights are the reference's."""
+    topology = Topology(world_size=pool.world_size, local_world_size=pool.local_world_size)
+    plan = plan_by_rule(specs(tables), topology, ShardingRule(sharding_type=sharding_type))
+    check(pool, plan, tables, dense, weighted)
