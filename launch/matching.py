@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 PINS = Path(__file__).resolve().parent / "pins"
 PIN_LINE = re.compile(
-    r'^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s;]+)'
+    r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s;]+)"
     r'(?:\s*;\s*python_version\s*(?P<operator><|>=)\s*"(?P<bound>\d+\.\d+)")?$'
 )
 

@@ -29,14 +29,15 @@ def learn_devices(torch):
     if cuda.is_available():
         names = [cuda.get_device_name(i) for i in range(cuda.device_count())]
     backends = ["gloo", "nccl", "mpi", "ucc"] if dist.is_available() else []
-    backends = [b for b in backends if getattr(dist, f"is_{b}_available")()]
+    backends = [b for b in backends if getattr(dist, f"is_{b}_available", bool)()]
     say(cuda_build=torch.version.cuda, cuda_devices=names, backends=backends)
 def check_operators(torch):
     torch.ops.fbgemm.asynchronous_complete_cumsum(torch.ones(2, dtype=torch.int64))
 for name in sys.argv[1:]:
     spec = importlib.util.find_spec(name)
     if spec is None:
-        continue
+        say(failed=name, missing=True, why=f"finds no module {name}", origin=None)
+        break
     say(importing=name, origin=spec.origin)
     try:
         module = importlib.import_module(name)
@@ -45,7 +46,7 @@ for name in sys.argv[1:]:
         if name == "fbgemm_gpu":
             check_operators(importlib.import_module("torch"))
     except BaseException as error:
-        say(failed=name, why=f"{type(error).__name__}: {error}"[:600])
+        say(failed=name, why=f"raises {type(error).__name__}: {error}"[:600])
         break
 else:
     say(done=True)
@@ -59,6 +60,7 @@ class ImportFailure:
     module: str
     why: str
     origin: str | None
+    missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def _probe(facts: list[dict[str, Any]], end: str) -> Probe:
         merged.update(fact)
     failure = None
     if "failed" in merged:
-        failure = ImportFailure(merged["failed"], f"raises {merged['why']}", merged["origin"])
+        missing = merged.get("missing", False)
+        failure = ImportFailure(merged["failed"], merged["why"], merged["origin"], missing)
     elif "done" not in merged:
         failure = ImportFailure(merged.get("importing", "python"), end, merged.get("origin"))
     return Probe(

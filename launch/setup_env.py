@@ -2,10 +2,12 @@
 
     python3 launch/setup_env.py [--venv .venv] [--device auto|cpu|cuda]
 
-Standard library only, and no syntax newer than Python 3.7, so that an old Python gets as far as
-the message that says which one is needed: it runs before anything is installed. A stamp in the venv, written last,
-says what was installed. With the same stamp there is nothing to do; without one (a first run, a
-changed pin, an interrupted install) the steps are run, each of which repairs what it finds.
+Standard library only: it runs before anything is installed. No syntax newer than Python 3.7: an
+old Python must get as far as the message that says which one is needed.
+
+A stamp in the venv, written last, says what was installed. With the same stamp there is nothing
+to do; without it (a first run, a changed pin, an interrupted install) the steps are run, each of
+which repairs what it finds.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        set_up(Path(os.path.abspath(options.venv)), choose_device(options.device))
+        set_up(options.venv.resolve(), choose_device(options.device))
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1
@@ -53,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def set_up(venv: Path, device: str) -> None:
     python = choose_python(venv)
     stamp, wanted = venv / STAMP, fingerprint(venv, device, python)
-    if stamp.is_file() and stamp.read_text() == wanted:
+    # `exists` follows the link: an interpreter that was upgraded away leaves a dangling one
+    if stamp.is_file() and stamp.read_text() == wanted and (venv / "bin" / "python").exists():
         return
     stamp.unlink(missing_ok=True)
     ensure_venv(venv, python)
@@ -92,9 +95,8 @@ def visible_gpus() -> list[str]:
     return [name.strip() for name in names if name.strip()]
 
 
-def choose_python(venv: Path) -> tuple[int, int]:
+def choose_python(venv: Path, running: tuple[int, int] = sys.version_info[:2]) -> tuple[int, int]:
     """The version this run uses; an unsuitable one will do if the venv's own is suitable."""
-    running = sys.version_info[:2]
     if supported(running):
         return running
     installed = python_of(venv)
@@ -215,6 +217,7 @@ def pip(venv: Path, *arguments: str) -> None:
     command = [str(venv / "bin" / "python"), "-m", "pip", *arguments]
     last_lines: deque[str] = deque(maxlen=PIP_LINES_SHOWN)
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONUNBUFFERED": "1"}
+    environment.pop("PYTHONPATH", None)  # pip would count what lies there as installed
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -223,7 +226,7 @@ def pip(venv: Path, *arguments: str) -> None:
         errors="replace",
         env=environment,
     )
-    with process, open(venv / LOG, "a", encoding="utf-8") as log:
+    with process, (venv / LOG).open("a", encoding="utf-8") as log:
         assert process.stdout is not None
         for line in process.stdout:
             log.write(line)

@@ -44,18 +44,14 @@ def attach_table_optimizer(
     tables: Iterable[HeldTable], plan: Plan, config: TableOptimizerConfig
 ) -> None:
     """Have each table that the plan shards updated inside backward, by FBGEMM's fused kernel."""
-    sharded = [
-        table.parameter
-        for table in tables
-        if plan.tables[table.config.name].sharding_type != "data_parallel"
-    ]
-    with warnings.catch_warnings():
-        # The public name forwards to PyTorch's private one and says so each time.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        for parameter in sharded:
-            apply_optimizer_in_backward(
-                _TABLE[config.name], [parameter], table_optimizer_kwargs(config)
-            )
+    for table in tables:
+        if plan.tables[table.config.name].sharding_type == "data_parallel":
+            continue
+        kwargs = table_optimizer_kwargs(config)
+        with warnings.catch_warnings():
+            # The public name forwards to PyTorch's private one and says so each time.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            apply_optimizer_in_backward(_TABLE[config.name], [table.parameter], kwargs)
 
 
 def make_optimizer(

@@ -38,7 +38,6 @@ class ClickModel:
         self._dense_weights = random.normal(size=num_dense)
         strongest = np.argsort(-self._feature_weights)[:_PAIRED_FEATURES]
         self._pairs = list(combinations(strongest.tolist(), 2))
-        self._pair_weights = random.choice([-1.0, 1.0], len(self._pairs))
         self._effect_mean = self._effect_std = np.ones(num_features)
         self._count_mean = self._count_std = np.ones(num_dense)
         self._scales = np.ones(3)
@@ -77,8 +76,8 @@ class ClickModel:
         effects = (effects - self._effect_mean) / self._effect_std
         counts = np.nan_to_num((log_counts - self._count_mean) / self._count_std)
         pairs = np.zeros(len(effects))
-        for (left, right), weight in zip(self._pairs, self._pair_weights, strict=True):
-            pairs += weight * effects[:, left] * effects[:, right]
+        for left, right in self._pairs:
+            pairs += effects[:, left] * effects[:, right]
         singles = effects @ self._feature_weights
         return np.stack([singles, pairs, counts @ self._dense_weights], axis=1)
 
@@ -159,4 +158,5 @@ def _splitmix64(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
     bits = bits * np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
+    mixed: NDArray[np.uint64] = bits ^ (bits >> np.uint64(31))
+    return mixed

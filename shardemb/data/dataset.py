@@ -148,11 +148,11 @@ class SplitWriter:
             path = self._folder / f"part-{self._parts:05d}.parquet"
             self._writer = pq.ParquetWriter(path, schema, compression=COMPRESSION)
             self._parts += 1
-            self._part_rows = 0
         return self._writer
 
     def _close_part(self) -> None:
         writer, self._writer = self._writer, None
+        self._part_rows = 0
         if writer is not None:
             writer.close()
 
@@ -198,10 +198,11 @@ def new_dataset(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     try:
-        if not out.exists():
+        nearest = next(path for path in (out, *out.parents) if path.exists())
+        if not nearest.is_dir():
+            raise RequestError(f"{nearest} is a file: name a folder to write the data set to")
+        if nearest != out:
             return
-        if not out.is_dir():
-            raise RequestError(f"{out} is a file: name a folder to write the data set to")
         if not any(out.iterdir()):
             return
         is_dataset = (out / INFO_FILE).is_file()

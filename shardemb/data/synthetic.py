@@ -188,7 +188,7 @@ class _World:
     def _inputs(self, chunk: _Chunk) -> tuple[_Floats, _Floats]:
         """What the click model sees: each bag's mean effect, each count's logarithm."""
         effects = [
-            _bag_means(self._model.id_effects(feature, bags.ranks), bags.lengths)
+            bag_means(self._model.id_effects(feature, bags.ranks), bags.lengths)
             for feature, bags in enumerate(chunk.bags)
         ]
         return np.stack(effects, axis=1), np.log1p(chunk.counts)
@@ -235,7 +235,7 @@ def scramble(size: int, random: np.random.Generator) -> tuple[int, int]:
     return multiplier, int(random.integers(size))
 
 
-def _bag_means(effects: _Floats, lengths: _Ints | None) -> _Floats:
+def bag_means(effects: _Floats, lengths: _Ints | None) -> _Floats:
     """The mean of each bag; 0 for an empty one."""
     if lengths is None:
         return effects

@@ -8,13 +8,16 @@ import os
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec import EmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 
 from planner import Plan, PlannerError, Topology
 from shardemb.config import TableOptimizerConfig
 from shardemb.optim import attach_table_optimizer
+from shardemb.sharding.empty_shards import mend_empty_shards
 from shardemb.sharding.initialize import fill, from_parameter, from_seed
+from shardemb.sharding.mean_pooling import divide_output, take_over_mean_pooling
 from shardemb.sharding.sharders import sharders
 from shardemb.sharding.tables import HeldTable, held_tables, tables_from_module
 from shardemb.sharding.torchrec_plan import to_torchrec
@@ -66,6 +69,11 @@ def shard_model(
     _warn_of_column_momentum(plan, optimizer)
     held = list(held_tables(model))
     attach_table_optimizer(held, plan, optimizer)
+    means = {
+        path: take_over_mean_pooling(module)
+        for path, module in model.named_modules()
+        if isinstance(module, EmbeddingBagCollection)
+    }
     sharded = ShardedModel(
         model,
         env=ShardingEnv.from_process_group(_world()),
@@ -74,6 +82,10 @@ def shard_model(
         sharders=sharders(),
         init_data_parallel=False,
     )
+    for path, keys in means.items():
+        collection = sharded.module.get_submodule(path)
+        divide_output(collection, keys)
+        mend_empty_shards(collection)
     _initialize_tables(sharded, held, device, seed)
     sharded.init_data_parallel()
     sharded.planner_plan, sharded.table_optimizer = plan, optimizer

@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
@@ -36,19 +37,37 @@ class WorkerPool:
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-        """`function(*args)` on every rank; the results in rank order."""
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+        """`function(*args)` on every rank; the results in rank order.
+
+        A rank that fails leaves the others waiting for it, so the first failure ends the pool.
+        """
         for pipe in self._pipes:
             pipe.send((function, args))
-        results = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(timeout):
-                raise TimeoutError(f"rank {rank} did not answer in {timeout} s")
-            results.append(pipe.recv())
-        errors = [f"rank {r}:\n{text}" for r, (ok, text) in enumerate(results) if not ok]
-        if errors:
-            raise AssertionError("\n".join(errors))
-        return [value for _, value in results]
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) < self.world_size:
+            waiting = [p for r, p in enumerate(self._pipes) if r not in results]
+            ready = wait(waiting, timeout=max(deadline - time.monotonic(), 0))
+            if not ready:
+                self.kill()
+                raise TimeoutError(f"only ranks {sorted(results)} answered in {timeout} s")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                ok, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                if not ok:
+                    self.kill()
+                    raise AssertionError(f"rank {rank}:\n{results[rank]}")
+        return [results[rank] for rank in range(self.world_size)]
+
+    @property
+    def is_alive(self) -> bool:
+        return bool(self._pipes)
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        self._pipes.clear()
 
     def close(self) -> None:
         for pipe in self._pipes:

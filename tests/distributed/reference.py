@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-TABLE_LR, DENSE_LR, EPS = 0.1, 0.05, 1e-8
+TABLE_LR, DENSE_LR = 0.1, 0.05
+# Large, because Adagrad turns the rounding of a gradient near zero into a step of full size.
+EPS = 1e-3
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from planner import Plan, ShardingRule, TableSpec, Topology, plan_by_rule
+from planner import Plan, ShardingRule, TablePlan, TableSpec, Topology, plan_by_rule
 from planner.geometry import SHARDING_TYPES
 from tests.distributed import sharded
 from tests.distributed.pool import WorkerPool
@@ -35,20 +35,36 @@ def column_shards(plan: Plan) -> dict[str, int]:
     return {n: len({s.column_offset for s in t.shards}) for n, t in plan.tables.items()}
 
 
-def assemble(name: str, expected: torch.Tensor, by_rank: list[dict[str, Any]]) -> torch.Tensor:
+def assemble(
+    name: str, expected: torch.Tensor, by_rank: list[dict[str, Any]], plan: Plan
+) -> torch.Tensor:
     """One tensor from what all ranks hold; NaN where no rank holds anything."""
     whole = torch.full_like(expected, torch.nan)
-    for held in by_rank:
-        for piece in held.get(name, []):
-            row, column, values = piece if len(piece) == 3 else (*piece[:1], 0, piece[-1])
-            values = values.reshape(-1, 1) if name.endswith(".state") and values.dim() == 1 else values
-            if name.endswith(".state") and values.shape[1] == 1 and column:
-                column = column * whole.shape[1] // DIMS[name.removesuffix(".state")]
+    for rank, held in enumerate(by_rank):
+        pieces = held.get(name, [])
+        if is_rowwise_state(name, expected):
+            pieces = at_plan_offsets(pieces, plan.tables[name.removesuffix(".state")], rank)
+        for row, column, values in pieces:
             if values.dim() == 1:
-                whole[:] = values
+                whole[row : row + len(values)] = values
             else:
                 whole[row : row + values.shape[0], column : column + values.shape[1]] = values
     return whole
+
+
+def is_rowwise_state(name: str, expected: torch.Tensor) -> bool:
+    return name.endswith(".state") and expected.shape[1] != DIMS[name.removesuffix(".state")]
+
+
+def at_plan_offsets(pieces: list[Any], table: TablePlan, rank: int) -> list[Any]:
+    """TorchRec lists the momentum of column shards one below the other; the plan knows better."""
+    if table.sharding_type == "data_parallel":
+        return pieces
+    shards = [shard for shard in table.shards if shard.rank == rank]
+    return [
+        (shard.row_offset, shard.column_offset // shard.columns, values.reshape(-1, 1))
+        for shard, (_, _, values) in zip(shards, pieces, strict=True)
+    ]
 
 
 DIMS = {table.name: table.dim for table in TABLES}
@@ -61,7 +77,7 @@ def check(pool: WorkerPool, plan: Plan, tables: str, dense: str, weighted: bool)
     held = pool.run(sharded.train, plan, tables, dense, weighted, steps, BATCH_SIZE)
     for name, value in expected.items():
         torch.testing.assert_close(
-            assemble(name, value, held), value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            assemble(name, value, held, plan), value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 

@@ -1,0 +1,48 @@
+"""DCN-v2 (Wang et al., "DCN V2", WWW 2021), stacked, on TorchRec's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection
+from torchrec.modules.crossnet import LowRankCrossNet
+from torchrec.modules.mlp import MLP
+
+from shardemb.data.batch import Batch
+
+
+class DCNv2(nn.Module):
+    """Low-rank cross layers over the concatenated features, then an MLP.
+
+    Tables may have any embedding_dim. `dense_layers` is the MLP of the dense features before the
+    cross layers (none: they enter as they are), `over_layers` the one before the logit.
+    """
+
+    def __init__(
+        self,
+        embeddings: EmbeddingBagCollection,
+        num_dense: int,
+        dense_layers: Sequence[int] = (),
+        cross_layers: int = 3,
+        low_rank: int = 64,
+        over_layers: Sequence[int] = (64, 32),
+    ) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+        self.output_names = [n for names in embeddings.embedding_names_by_table() for n in names] if hasattr(embeddings, "embedding_names_by_table") else []
+        self.dense = MLP(num_dense, list(dense_layers)) if num_dense and dense_layers else nn.Identity()
+        width = sum(
+            c.embedding_dim * len(c.feature_names) for c in embeddings.embedding_bag_configs()
+        ) + (dense_layers[-1] if num_dense and dense_layers else num_dense)
+        self.cross = LowRankCrossNet(width, cross_layers, low_rank)
+        self.over = nn.Sequential(
+            MLP(width, list(over_layers)), nn.Linear(over_layers[-1] if over_layers else width, 1)
+        )
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits [batch_size, 1]."""
+        pooled = self.embeddings(batch.sparse).to_dict()
+        parts = [pooled[name] for name in self.output_names]
+        return self.over(self.cross(torch.cat([self.dense(batch.dense), *parts], dim=1)))
