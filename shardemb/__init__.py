@@ -1,0 +1,35 @@
+"""Trains recommender models with sharded embedding tables.
+
+Public names are imported at first use, so that reading a config does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "Batch": "shardemb.data.batch",
+    "BatchSchema": "shardemb.data.columns",
+    "DenseOptimizerConfig": "shardemb.config",
+    "FeatureSchema": "shardemb.data.columns",
+    "ParquetReader": "shardemb.data.parquet",
+    "RunConfig": "shardemb.config",
+    "ShardedModel": "shardemb.sharding.shard_model",
+    "TableOptimizerConfig": "shardemb.config",
+    "Trainer": "shardemb.trainer",
+    "current_topology": "shardemb.sharding.shard_model",
+    "load_config": "shardemb.config",
+    "parquet_files": "shardemb.data.parquet",
+    "process_group": "shardemb.process_group",
+    "shard_model": "shardemb.sharding.shard_model",
+    "tables_from_module": "shardemb.sharding.tables",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'shardemb' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

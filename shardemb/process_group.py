@@ -34,10 +34,9 @@ def process_group(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[t
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield chosen
-    finally:
-        dist.destroy_process_group()
+    yield chosen
+    # Not after an exception: other ranks may be in a collective that this would wait for.
+    dist.destroy_process_group()
 
 
 def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:

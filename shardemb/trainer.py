@@ -70,7 +70,7 @@ class Trainer:
         epochs: int = 1,
         max_steps: int | None = None,
         report_every: int = 20,
-        report: Callable[[Progress], None] = lambda progress: None,
+        report: Callable[[Progress], None] | None = None,
     ) -> Progress:
         """Train for `epochs`, or `max_steps`; `report` is called every so many steps and last."""
         steps = min(epochs * reader.steps_per_epoch, max_steps or 1 << 62)
@@ -84,7 +84,8 @@ class Trainer:
                 meter.start_steady_state()
             if step % report_every == 0 or step == steps:
                 progress = meter.progress(step)
-                report(progress)
+                if report:
+                    report(progress)
         return progress
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.modules.crossnet import LowRankCrossNet
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.modules.mlp import MLP
 
 from shardemb.data.batch import Batch
@@ -31,11 +32,12 @@ class DCNv2(nn.Module):
     ) -> None:
         super().__init__()
         self.embeddings = embeddings
-        self.output_names = [n for names in embeddings.embedding_names_by_table() for n in names] if hasattr(embeddings, "embedding_names_by_table") else []
-        self.dense = MLP(num_dense, list(dense_layers)) if num_dense and dense_layers else nn.Identity()
-        width = sum(
-            c.embedding_dim * len(c.feature_names) for c in embeddings.embedding_bag_configs()
-        ) + (dense_layers[-1] if num_dense and dense_layers else num_dense)
+        tables = embeddings.embedding_bag_configs()
+        self.names = [name for names in get_embedding_names_by_table(tables) for name in names]
+        has_dense_mlp = num_dense > 0 and len(dense_layers) > 0
+        self.dense = MLP(num_dense, list(dense_layers)) if has_dense_mlp else nn.Identity()
+        width = dense_layers[-1] if has_dense_mlp else num_dense
+        width += sum(table.embedding_dim * len(table.feature_names) for table in tables)
         self.cross = LowRankCrossNet(width, cross_layers, low_rank)
         self.over = nn.Sequential(
             MLP(width, list(over_layers)), nn.Linear(over_layers[-1] if over_layers else width, 1)
@@ -43,6 +45,7 @@ class DCNv2(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [batch_size, 1]."""
+        # By name: the order of the outputs depends on how tables are sharded.
         pooled = self.embeddings(batch.sparse).to_dict()
-        parts = [pooled[name] for name in self.output_names]
-        return self.over(self.cross(torch.cat([self.dense(batch.dense), *parts], dim=1)))
+        parts = [self.dense(batch.dense), *(pooled[name] for name in self.names)]
+        return self.over(self.cross(torch.cat(parts, dim=1)))

@@ -28,11 +28,9 @@ class DLRM(nn.Module):
         over_layers: Sequence[int] = (64, 32),
     ) -> None:
         super().__init__()
-        dims = {c.name: c.embedding_dim for c in embeddings.embedding_bag_configs()}
-        if len(set(dims.values())) > 1 or num_dense == 0:
-            found = (
-                "there are no dense columns" if num_dense == 0 else f"tables have dims {sorted(set(dims.values()))}"
-            )
+        dims = sorted({table.embedding_dim for table in embeddings.embedding_bag_configs()})
+        if len(dims) > 1 or num_dense == 0:
+            found = f"tables have {dims}" if num_dense else "there are no dense columns"
             raise RequestError(
                 "model.name: dlrm needs dense columns and tables of one embedding_dim, but "
                 f"{found}; use dcn_v2, which takes any"
@@ -40,7 +38,7 @@ class DLRM(nn.Module):
         self.dlrm = TorchRecDLRM(
             embeddings,
             dense_in_features=num_dense,
-            dense_arch_layer_sizes=[*dense_layers, next(iter(dims.values()))],
+            dense_arch_layer_sizes=[*dense_layers, dims[0]],
             over_arch_layer_sizes=[*over_layers, 1],
         )
 

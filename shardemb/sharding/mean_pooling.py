@@ -14,18 +14,17 @@ import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.distributed.types import Awaitable
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 
 def take_over_mean_pooling(module: EmbeddingBagCollection) -> frozenset[str]:
     """Turn the mean-pooled tables of `module` into sums; the output keys that are to be divided."""
     configs = module.embedding_bag_configs()
-    uses = [feature for config in configs for feature in config.feature_names]
-    keys = set()
-    for config in configs:
+    keys: set[str] = set()
+    for config, names in zip(configs, get_embedding_names_by_table(configs), strict=True):
         if config.pooling == PoolingType.MEAN:
             config.pooling = PoolingType.SUM
-            # TorchRec's name for the output of a feature that several tables use.
-            keys |= {f"{f}@{config.name}" if uses.count(f) > 1 else f for f in config.feature_names}
+            keys.update(names)
     return frozenset(keys)
 
 
@@ -48,7 +47,9 @@ def _divide(
     values = pooled.values()
     ones = torch.ones_like(lengths[0])
     divisors = torch.stack(
-        [lengths[row[key.split("@")[0]]] if key in keys else ones for key in pooled.keys()], dim=1
+        # FEATURE, or FEATURE@TABLE where several tables use the feature.
+        [lengths[row[key.split("@")[0]]] if key in keys else ones for key in pooled.keys()],  # noqa: SIM118
+        dim=1,
     )
     repeats = torch.tensor(pooled.length_per_key(), device=values.device)
     divisor = divisors.repeat_interleave(repeats, dim=1, output_size=values.shape[1])

@@ -1,0 +1,63 @@
+"""How a worker tells why it ends: one message for a user's mistake, a traceback for ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from planner import UserError
+
+# Set by `shardemb`, which starts workers and shows the failure that came first.
+FAILURE_FILE = "SHARDEMB_FAILURE_FILE"
+
+# What gloo and nccl say on the ranks that did not fail themselves.
+_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank ended. `is_echo`: another rank's end was noticed, which is not the cause."""
+
+    rank: int
+    exit_code: int
+    message: str
+    time: float
+    is_echo: bool = False
+
+
+@dataclass
+class Outcome:
+    exit_code: int = 0
+
+
+@contextmanager
+def report_failures() -> Iterator[Outcome]:
+    """Report what the block raises to the launcher, or to stderr where there is none."""
+    outcome = Outcome()
+    try:
+        yield outcome
+    except UserError as error:
+        outcome.exit_code = error.exit_code
+        _report(error.exit_code, str(error))
+    except Exception as error:
+        outcome.exit_code = 1
+        is_echo = any(sign in str(error) for sign in _PEER_LOST)
+        _report(1, traceback.format_exc(), is_echo)
+
+
+def _report(exit_code: int, message: str, is_echo: bool = False) -> None:
+    failure = Failure(int(os.environ.get("RANK", 0)), exit_code, message, time.time(), is_echo)
+    target = os.environ.get(FAILURE_FILE)
+    if target:
+        partial = Path(target + ".partial")
+        partial.write_text(json.dumps(vars(failure)))
+        partial.rename(target)
+    elif not is_echo:
+        print(f"error (rank {failure.rank}): {message}", file=sys.stderr)

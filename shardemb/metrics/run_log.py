@@ -1,0 +1,87 @@
+"""What one rank reports while it trains: a progress line, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from torch.utils.tensorboard import SummaryWriter
+
+from planner import UserError
+from shardemb.metrics.evaluation import Evaluation
+from shardemb.run_directory import without_nan
+from shardemb.trainer import Progress
+
+# Seconds between lines where there is no terminal to redraw a bar on.
+LINE_SECONDS = 5.0
+
+
+class RunLog:
+    """A context manager; `report` and `evaluated` are called by rank 0 alone."""
+
+    def __init__(self, directory: Path, total_steps: int) -> None:
+        self._path = directory / "metrics.jsonl"
+        self._tensorboard = SummaryWriter(str(directory / "tensorboard"))
+        self._console = Console(file=sys.stderr)
+        self._total = total_steps
+        self._bar = ProgressBar(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("train", total=total_steps, figures="")
+        self._last_line = 0.0
+
+    def __enter__(self) -> RunLog:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+        self._tensorboard.close()
+
+    def report(self, progress: Progress) -> None:
+        self._write({"kind": "train", "time": time.time(), **asdict(progress)})
+        for name in ("train_loss", "samples_per_second", "data_wait_fraction"):
+            self._tensorboard.add_scalar(f"train/{name}", getattr(progress, name), progress.step)
+        figures = (
+            f"{progress.samples_per_second:,.0f} samples/s  loss {progress.train_loss:.4f}  "
+            f"data wait {progress.data_wait_fraction:.1%}"
+        )
+        self._bar.update(self._task, completed=progress.step, figures=figures)
+        self._line(f"step {progress.step}/{self._total}  {figures}", progress.step == self._total)
+
+    def evaluated(self, evaluation: Evaluation, step: int) -> None:
+        self._write({"kind": "eval", "time": time.time(), "step": step, **asdict(evaluation)})
+        for name in ("auc", "logloss", "normalized_entropy"):
+            self._tensorboard.add_scalar(f"eval/{name}", getattr(evaluation, name), step)
+
+    def _line(self, text: str, is_last: bool) -> None:
+        if self._console.is_terminal:
+            return
+        if is_last or time.monotonic() - self._last_line > LINE_SECONDS:
+            self._last_line = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def _write(self, record: dict[str, object]) -> None:
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(without_nan(record)) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from error

@@ -1,0 +1,127 @@
+"""One worker: `python -m shardemb.train CONFIG [key=value ...]`; torchrun or `shardemb` starts it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from planner import Plan, Topology
+from shardemb.config import RunConfig, load_config
+from shardemb.failure import report_failures
+from shardemb.planning import plan_run
+from shardemb.quiet import silence_libraries
+from shardemb.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from shardemb.data.parquet import ParquetReader
+    from shardemb.metrics.evaluation import Evaluation
+    from shardemb.metrics.run_log import RunLog
+    from shardemb.trainer import Progress
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    config_path, *overrides = sys.argv[1:] if arguments is None else arguments
+    with report_failures() as outcome:
+        silence_libraries()
+        run(load_config(config_path, overrides))
+    return outcome.exit_code
+
+
+def run(config: RunConfig) -> None:
+    """Plan, shard, train, evaluate; every rank calls it, and rank 0 writes the run directory."""
+    import torch
+
+    from shardemb.models import build_model
+    from shardemb.process_group import process_group
+    from shardemb.sharding.shard_model import current_topology, shard_model
+    from shardemb.trainer import Trainer
+
+    with process_group(config.launch.device) as device:
+        topology = current_topology()
+        train_data = _reader(config, "train", topology)
+        test_data = _reader(config, "test", topology) if _has_test(config) else None
+        torch.manual_seed(config.seed)
+        model = build_model(config)
+        plan = _agree_on_plan(config, topology)
+        directory = _make_directory(config, plan)
+        sharded = shard_model(
+            model, plan, config.train.table_optimizer, device=device, seed=config.seed
+        )
+        trainer = Trainer(sharded, config.train.dense_optimizer)
+        steps = config.train.epochs * train_data.steps_per_epoch
+        with _log(directory, min(steps, config.train.max_steps or steps)) as log:
+            progress = trainer.train(
+                train_data,
+                epochs=config.train.epochs,
+                max_steps=config.train.max_steps,
+                report_every=config.train.log_every,
+                report=log.report if log else None,
+            )
+            evaluation = trainer.evaluate(test_data.epoch()) if test_data else None
+            if log and evaluation:
+                log.evaluated(evaluation, progress.step)
+        if directory:
+            directory.write_result(_result(plan, progress, evaluation))
+
+
+def _reader(config: RunConfig, split: str, topology: Topology) -> ParquetReader:
+    from shardemb.data.columns import BatchSchema
+    from shardemb.data.parquet import ParquetReader, parquet_files
+
+    return ParquetReader(
+        parquet_files(config.data.dir / split),
+        BatchSchema.from_config(config),
+        batch_size=config.train.batch_size,
+        rank=int(os.environ["RANK"]),
+        world_size=topology.world_size,
+        shuffle=config.data.shuffle and split == "train",
+        seed=config.seed,
+    )
+
+
+def _has_test(config: RunConfig) -> bool:
+    return (config.data.dir / "test").is_dir()
+
+
+def _agree_on_plan(config: RunConfig, topology: Topology) -> Plan:
+    """Rank 0's plan, on every rank."""
+    import torch.distributed as dist
+
+    plan = [plan_run(config, topology) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(plan, src=0)
+    assert plan[0] is not None
+    return plan[0]
+
+
+def _make_directory(config: RunConfig, plan: Plan) -> RunDirectory | None:
+    return RunDirectory(config, plan) if os.environ["RANK"] == "0" else None
+
+
+def _log(directory: RunDirectory | None, steps: int) -> RunLog | nullcontext[None]:
+    if directory is None:
+        return nullcontext()
+    from shardemb.metrics.run_log import RunLog
+
+    return RunLog(directory.path, steps)
+
+
+def _result(plan: Plan, progress: Progress, evaluation: Evaluation | None) -> dict[str, Any]:
+    return {
+        "steps": progress.step,
+        "samples": progress.samples,
+        "samples_per_second": progress.samples_per_second,
+        "data_wait_fraction": progress.data_wait_fraction,
+        "train_loss": progress.train_loss,
+        "world_size": plan.topology.world_size,
+        "plan_fingerprint": plan.fingerprint,
+        "checkpoint": None,
+        "eval": asdict(evaluation) if evaluation else None,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
