@@ -24,7 +24,7 @@ GRACE_SECONDS = 1.0
 LOG_TAIL_LINES = 15
 
 
-class WorkerFailed(UserError):
+class WorkerError(UserError):
     """A worker ended before its work was done."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -36,7 +36,7 @@ def run_workers(arguments: Sequence[str], nproc: int) -> None:
     """Run `python ARGUMENTS` as ranks 0 to `nproc` - 1; return when all have ended well.
 
     Rank 0 shows its progress on stderr. When a worker fails the others are ended within seconds
-    and WorkerFailed carries the failure that came first. Workers end with this process, whatever
+    and WorkerError carries the failure that came first. Workers end with this process, whatever
     ends it.
     """
     with tempfile.TemporaryDirectory(prefix="shardemb-") as scratch, _sigterm_as_exit():
@@ -120,7 +120,7 @@ def _wait(workers: list[_Worker]) -> None:
     if failures:
         first = min(failures, key=lambda failure: (failure.is_echo, failure.time))
         where = f"worker of rank {first.rank}: " if len(workers) > 1 else ""
-        raise WorkerFailed(where + first.message, first.exit_code)
+        raise WorkerError(where + first.message, first.exit_code)
 
 
 def _failures(workers: list[_Worker]) -> list[Failure]:

@@ -134,7 +134,8 @@ def _lightest_ranks(
     if sharding_type in ("table_wise", "column_wise"):
         return _in_turn(_by_weight(range(topology.world_size), used), len(blocks))
     hosts = sorted(
-        range(topology.num_hosts), key=lambda h: (sum(used[r] for r in topology.ranks_of_host(h)), h)
+        range(topology.num_hosts),
+        key=lambda h: (sum(used[r] for r in topology.ranks_of_host(h)), h),
     )
     if sharding_type == "table_column_wise":
         return _in_turn(_by_weight(topology.ranks_of_host(hosts[0]), used), len(blocks))

@@ -74,7 +74,9 @@ def make_optimizer(
     if others:
         kwargs = {"lr": dense.lr, "weight_decay": dense.weight_decay}
         make_dense = _DENSE[dense.name]
-        optimizers.append(("dense", KeyedOptimizerWrapper(others, lambda p: make_dense(p, **kwargs))))
+        optimizers.append(
+            ("dense", KeyedOptimizerWrapper(others, lambda p: make_dense(p, **kwargs)))
+        )
     if replicated:
         make_table, table_kwargs = _TABLE[tables.name], table_optimizer_kwargs(tables)
         optimizers.append(

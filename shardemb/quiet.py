@@ -10,7 +10,14 @@ import warnings
 def silence_libraries() -> None:
     """Call before torch is imported; our own warnings and all errors stay."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for library in ("torch", "torchrec", "fbgemm_gpu", "torchmetrics", "tensordict", "pkg_resources"):
+    for library in (
+        "torch",
+        "torchrec",
+        "fbgemm_gpu",
+        "torchmetrics",
+        "tensordict",
+        "pkg_resources",
+    ):
         warnings.filterwarnings("ignore", module=rf"{library}(\..*)?")
     # TorchRec and PyTorch log their own deprecations and group names as warnings.
     for logger in ("torchrec", "torch.fx", "torch.distributed", "fbgemm_gpu"):

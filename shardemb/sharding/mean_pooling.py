@@ -39,9 +39,7 @@ def divide_output(sharded: nn.Module, keys: frozenset[str]) -> None:
         sharded.register_forward_hook(hook)
 
 
-def _divide(
-    pooled: KeyedTensor, features: KeyedJaggedTensor, keys: frozenset[str]
-) -> KeyedTensor:
+def _divide(pooled: KeyedTensor, features: KeyedJaggedTensor, keys: frozenset[str]) -> KeyedTensor:
     lengths = features.lengths().view(len(features.keys()), -1).clamp(min=1)
     row = {name: i for i, name in enumerate(features.keys())}
     values = pooled.values()

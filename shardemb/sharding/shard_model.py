@@ -107,9 +107,7 @@ def _initialize_tables(
 ) -> None:
     state = sharded.state_dict()
     for path, _, config, parameter in held:
-        source = (
-            from_seed(config, seed, device) if parameter.is_meta else from_parameter(parameter)
-        )
+        source = from_seed(config, seed, device) if parameter.is_meta else from_parameter(parameter)
         if source is not None:
             fill(_table_in(state, path, config.name), source)
 

@@ -83,9 +83,7 @@ def first_weights(seed: int = 7) -> dict[str, torch.Tensor]:
     shapes = {table.name: (table.rows, table.dim) for table in TABLES}
     shapes |= {"hidden.weight": (6, OUT_DIM + NUM_DENSE), "hidden.bias": (6,)}
     shapes |= {"out.weight": (1, 6), "out.bias": (1,)}
-    return {
-        name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()
-    }
+    return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
 
 
 class DenseLayers(nn.Module):

@@ -115,5 +115,7 @@ def _short(name: str) -> str:
 
 def _pieces(value: Any) -> list[tuple[int, int, torch.Tensor]]:
     if hasattr(value, "local_shards"):
-        return [((*s.metadata.shard_offsets, 0)[:2] + (s.tensor.clone(),)) for s in value.local_shards()]
+        return [
+            ((*s.metadata.shard_offsets, 0)[:2] + (s.tensor.clone(),)) for s in value.local_shards()
+        ]
     return [(0, 0, value.clone())]

@@ -77,7 +77,11 @@ def check(pool: WorkerPool, plan: Plan, tables: str, dense: str, weighted: bool)
     held = pool.run(sharded.train, plan, tables, dense, weighted, steps, BATCH_SIZE)
     for name, value in expected.items():
         torch.testing.assert_close(
-            assemble(name, value, held, plan), value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            assemble(name, value, held, plan),
+            value,
+            rtol=1e-5,
+            atol=1e-6,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 

@@ -38,7 +38,7 @@ def _rows(folder: Path, split: str) -> list[tuple[Any, ...]]:
 
 def _line(label: str = "0", **values: str) -> str:
     fields = {"label": label}
-    fields |= {name: "" for name in DENSE} | {name: "ab12" for name in SPARSE} | values
+    fields |= dict.fromkeys(DENSE, "") | dict.fromkeys(SPARSE, "ab12") | values
     return "\t".join(fields[name] for name in COLUMNS)
 
 
