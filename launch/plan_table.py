@@ -11,9 +11,7 @@ from planner import Plan, TablePlan
 def print_plan(plan: Plan) -> None:
     """Each table's sharding and ranks, then each rank's memory."""
     console = Console()
-    tables = Table(
-        "table", "rows", "columns", "sharding", "kernel", "shards: rank (rows x columns)"
-    )
+    tables = Table("table", "rows", "columns", "sharding", "kernel", "rank (rows x columns)")
     for name, table in plan.tables.items():
         size = (f"{table.num_embeddings:,}", str(table.embedding_dim))
         tables.add_row(name, *size, table.sharding_type, table.compute_kernel, _shards(table))

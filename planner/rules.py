@@ -77,7 +77,7 @@ def _shard_table(
     kernel = "dense" if rule.sharding_type == "data_parallel" else "fused"
     return TablePlan(
         sharding_type=rule.sharding_type,
-        compute_kernel=kernel,  # type: ignore[arg-type]
+        compute_kernel=kernel,
         shards=tuple(shards),
     )
 
@@ -133,10 +133,8 @@ def _lightest_ranks(
         return list(range(topology.world_size))
     if sharding_type in ("table_wise", "column_wise"):
         return _in_turn(_by_weight(range(topology.world_size), used), len(blocks))
-    hosts = sorted(
-        range(topology.num_hosts),
-        key=lambda h: (sum(used[r] for r in topology.ranks_of_host(h)), h),
-    )
+    of_hosts = [sum(used[r] for r in topology.ranks_of_host(h)) for h in range(topology.num_hosts)]
+    hosts = _by_weight(range(topology.num_hosts), of_hosts)
     if sharding_type == "table_column_wise":
         return _in_turn(_by_weight(topology.ranks_of_host(hosts[0]), used), len(blocks))
     groups = len(blocks) // topology.local_world_size

@@ -72,17 +72,18 @@ def make_optimizer(
             replicated[name] = parameter
     optimizers: list[tuple[str, Any]] = []
     if others:
-        kwargs = {"lr": dense.lr, "weight_decay": dense.weight_decay}
-        make_dense = _DENSE[dense.name]
-        optimizers.append(
-            ("dense", KeyedOptimizerWrapper(others, lambda p: make_dense(p, **kwargs)))
-        )
+        kwargs: dict[str, Any] = {"lr": dense.lr, "weight_decay": dense.weight_decay}
+        optimizers.append(("dense", _keyed(others, _DENSE[dense.name], kwargs)))
     if replicated:
-        make_table, table_kwargs = _TABLE[tables.name], table_optimizer_kwargs(tables)
-        optimizers.append(
-            ("tables", KeyedOptimizerWrapper(replicated, lambda p: make_table(p, **table_kwargs)))
-        )
+        kwargs = table_optimizer_kwargs(tables)
+        optimizers.append(("tables", _keyed(replicated, _TABLE[tables.name], kwargs)))
     return CombinedOptimizer(optimizers)
+
+
+def _keyed(
+    parameters: dict[str, nn.Parameter], make: type[Optimizer], kwargs: dict[str, Any]
+) -> KeyedOptimizerWrapper:
+    return KeyedOptimizerWrapper(parameters, lambda values: make(values, **kwargs))
 
 
 def _table_of(parameter_name: str, plan: Plan) -> str | None:

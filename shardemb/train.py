@@ -1,4 +1,4 @@
-"""One worker: `python -m shardemb.train CONFIG [key=value ...]`; torchrun or `shardemb` starts it."""
+"""One worker: `python -m shardemb.train CONFIG [key=value ...]`, for torchrun or `shardemb`."""
 
 from __future__ import annotations
 

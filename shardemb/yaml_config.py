@@ -12,6 +12,7 @@ import yaml
 from planner.errors import RequestError
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_KEY_DOT = re.compile(r"\.(?![^{]*\})")  # not the dots of a range
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -21,7 +22,7 @@ class _StrictLoader(yaml.SafeLoader):
 def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         line = key_node.start_mark.line + 1
         if key in seen:
             raise RequestError(
@@ -59,7 +60,7 @@ def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> None:
             raise RequestError(
                 f"override {override!r}: write key.sub=value, for example train.batch_size=512"
             )
-        *parents, last = key.split(".")
+        *parents, last = _KEY_DOT.split(key)
         target = document
         for depth, parent in enumerate(parents, start=1):
             target = target.setdefault(parent, {})

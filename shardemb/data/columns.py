@@ -167,7 +167,6 @@ def _bags(
 ) -> Bags:
     values, lengths = _values_and_lengths(arrays[feature.column])
     weights = _weights(arrays, feature, lengths, origin) if weighted else None
-    bag_of_value = None
     if values.null_count and feature.null_row is None:
         # A null names no row: it adds nothing to its bag.
         valid = values.is_valid().to_numpy(zero_copy_only=False)
@@ -221,7 +220,7 @@ def _rows(
     else:
         _check_range(ids, offsets, feature, origin)
         rows = ids
-    if is_null is not None:
+    if is_null is not None and feature.null_row is not None:
         rows = np.where(is_null, feature.null_row, rows)
     return rows
 

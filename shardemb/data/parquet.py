@@ -84,7 +84,7 @@ class ParquetReader:
         """Pieces that add up to `batch_size` rows, the last time to what is left."""
         share = list(self._shares[self.rank])
         if self.shuffle:
-            generator.shuffle(share)  # type: ignore[arg-type]
+            generator.shuffle(share)
         gathered: list[Piece] = []
         missing = self.batch_size
         for group in share:

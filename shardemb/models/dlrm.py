@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection
-from torchrec.models.dlrm import DLRM as TorchRecDLRM
+from torchrec.models import dlrm as torchrec_dlrm
 
 from planner import RequestError
 from shardemb.data.batch import Batch
@@ -35,7 +35,7 @@ class DLRM(nn.Module):
                 "model.name: dlrm needs dense columns and tables of one embedding_dim, but "
                 f"{found}; use dcn_v2, which takes any"
             )
-        self.dlrm = TorchRecDLRM(
+        self.dlrm = torchrec_dlrm.DLRM(
             embeddings,
             dense_in_features=num_dense,
             dense_arch_layer_sizes=[*dense_layers, dims[0]],

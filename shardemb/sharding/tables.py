@@ -58,7 +58,7 @@ def tables_from_module(
             num_embeddings=config.num_embeddings,
             embedding_dim=config.embedding_dim,
             feature_names=tuple(config.feature_names),
-            dtype=_DTYPES[config.data_type],  # type: ignore[arg-type]
+            dtype=_DTYPES[config.data_type],
             optimizer=optimizer,
         )
     return list(specs.values())

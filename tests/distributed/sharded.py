@@ -114,8 +114,10 @@ def _short(name: str) -> str:
 
 
 def _pieces(value: Any) -> list[tuple[int, int, torch.Tensor]]:
-    if hasattr(value, "local_shards"):
-        return [
-            ((*s.metadata.shard_offsets, 0)[:2] + (s.tensor.clone(),)) for s in value.local_shards()
-        ]
-    return [(0, 0, value.clone())]
+    if not hasattr(value, "local_shards"):
+        return [(0, 0, value.clone())]
+    pieces = []
+    for shard in value.local_shards():
+        row, *column = shard.metadata.shard_offsets  # row-wise momentum has one dimension
+        pieces.append((row, column[0] if column else 0, shard.tensor.clone()))
+    return pieces

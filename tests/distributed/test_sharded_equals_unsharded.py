@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -76,13 +77,14 @@ def check(pool: WorkerPool, plan: Plan, tables: str, dense: str, weighted: bool)
     expected = Reference(tables, dense, weighted, shards).train(steps)
     held = pool.run(sharded.train, plan, tables, dense, weighted, steps, BATCH_SIZE)
     for name, value in expected.items():
+        found = assemble(name, value, held, plan)
         torch.testing.assert_close(
-            assemble(name, value, held, plan),
-            value,
-            rtol=1e-5,
-            atol=1e-6,
-            msg=lambda m, n=name: f"{n}: {m}",
+            found, value, rtol=1e-5, atol=1e-6, msg=partial(_with_name, name)
         )
+
+
+def _with_name(name: str, message: str) -> str:
+    return f"{name}: {message}"
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])

@@ -101,7 +101,7 @@ def test_a_new_dataset_appears_whole(tmp_path: Path):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, UserError])
 def test_a_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]):
     """Any error passes through as it is, and takes the half-written folder with it."""
-    with pytest.raises(error), new_dataset(tmp_path / "data") as folder:
+    with pytest.raises(error), new_dataset(tmp_path / "data") as folder:  # noqa: PT012
         (folder / "half").write_text("x")
         raise error("stop")
     assert list(tmp_path.iterdir()) == []
