@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from planner import UserError
@@ -22,6 +24,7 @@ POLL_SECONDS = 0.05
 # After one worker has ended: time for the others to end or report, before they are killed.
 GRACE_SECONDS = 1.0
 LOG_TAIL_LINES = 15
+_STDERR = 2  # the descriptor: sys.stderr has none in a notebook
 
 
 class WorkerError(UserError):
@@ -39,8 +42,8 @@ def run_workers(arguments: Sequence[str], nproc: int) -> None:
     and WorkerError carries the failure that came first. Workers end with this process, whatever
     ends it.
     """
-    with tempfile.TemporaryDirectory(prefix="shardemb-") as scratch, _sigterm_as_exit():
-        workers = []
+    with tempfile.TemporaryDirectory(prefix="shardemb-") as scratch, _signals_as_exit():
+        workers: list[_Worker] = []
         try:
             port = _free_port()
             for rank in range(nproc):
@@ -49,6 +52,8 @@ def run_workers(arguments: Sequence[str], nproc: int) -> None:
         finally:
             for worker in workers:
                 worker.kill()
+            for worker in workers:
+                worker.process.wait()
 
 
 class _Worker:
@@ -74,19 +79,19 @@ class _Worker:
                 [sys.executable, *arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=sys.stderr if rank == 0 else log,
-                stderr=None if rank == 0 else log,
+                stdout=_STDERR if rank == 0 else log,
+                stderr=_STDERR if rank == 0 else log,
                 start_new_session=True,  # Ctrl-C comes to us alone, and we end the workers
-                preexec_fn=_end_with_parent,
+                preexec_fn=partial(_end_with_parent, os.getpid(), _libc()),
             )
 
     def failure(self) -> Failure | None:
-        """Why this worker ended; None while it runs, or if it ended well."""
+        """Why this worker ends; None while all is well. One that has told why may still run."""
+        if self.failure_file.exists():
+            return Failure(**json.loads(self.failure_file.read_text()))
         code = self.process.poll()
         if code in (None, 0):
             return None
-        if self.failure_file.exists():
-            return Failure(**json.loads(self.failure_file.read_text()))
         return Failure(self.rank, 1, self._last_words(code or 0), time.time())
 
     def _last_words(self, code: int) -> str:
@@ -98,12 +103,12 @@ class _Worker:
         else:
             reason = f"ended with exit code {code}"
         tail = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return "\n".join([reason, *tail])
+        return "\n".join([f"{reason}; its log ends:", *tail]) if tail else reason
 
     def kill(self) -> None:
+        """Kill the worker and what it has started, which is in its session."""
         if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def _wait(workers: list[_Worker]) -> None:
@@ -127,25 +132,41 @@ def _failures(workers: list[_Worker]) -> list[Failure]:
     return [failure for worker in workers if (failure := worker.failure())]
 
 
-def _end_with_parent() -> None:
+def _libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent(parent: int, libc: ctypes.CDLL | None) -> None:
     """Linux: have the kernel kill this worker when its launcher dies, even by SIGKILL."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if libc is None:
+        return
+    pr_set_pdeathsig = 1
+    libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel knew
+        os._exit(1)
 
 
 @contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """A SIGTERM unwinds like Ctrl-C, so that workers are ended."""
+def _signals_as_exit() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind like Ctrl-C, so that workers are ended.
+
+    A handler of the caller's own stays, and so does nohup's. Threads other than the main one
+    get no signals.
+    """
 
     def stop(signum: int, frame: object) -> None:
         raise SystemExit(128 + signum)
 
-    earlier = signal.signal(signal.SIGTERM, stop)
+    is_main = threading.current_thread() is threading.main_thread()
+    ending = (signal.SIGTERM, signal.SIGHUP) if is_main else ()
+    replaced = [s for s in ending if signal.getsignal(s) is signal.SIG_DFL]
+    for signum in replaced:
+        signal.signal(signum, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        for signum in replaced:
+            signal.signal(signum, signal.SIG_DFL)
 
 
 def _free_port() -> int:
