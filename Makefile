@@ -16,8 +16,10 @@ help:  ## list the targets
 setup:  ## create or repair .venv with the pinned versions
 	@$(PYTHON) launch/setup_env.py --venv $(VENV) --device $(DEVICE)
 
-demo: setup  ## plan, train and evaluate a small model on this machine
-	$(BIN)/shardemb demo
+demo: setup  ## draw data, plan, train and evaluate on two workers (about a minute)
+	$(BIN)/shardemb data synth configs/demo.yaml --train-rows 1000000 --test-rows 100000 --overwrite
+	$(BIN)/shardemb plan configs/demo.yaml
+	$(BIN)/shardemb train configs/demo.yaml
 
 test: setup  ## run the tests, without those marked slow
 	$(BIN)/python -m pytest -m "not slow"

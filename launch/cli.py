@@ -26,11 +26,16 @@ app.add_typer(data_app, name="data")
 stderr = Console(stderr=True)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a run config (YAML)")]
+OptionalConfigPath = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG", help="a run config (YAML)")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override config keys")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
-RowGroupRows = Annotated[int, typer.Option(help="rows in a Parquet row group", min=1)]
+RowGroupRows = Annotated[
+    int | None, typer.Option(help="rows in a Parquet row group; default: 8192, or a 16th", min=1)
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier data set")]
 
 
@@ -53,7 +58,7 @@ def convert(
     categoricals: Annotated[
         str, typer.Option(help="hex: hexadecimal, as Criteo publishes them; int: decimal")
     ] = "hex",
-    row_group_rows: RowGroupRows = 8192,
+    row_group_rows: RowGroupRows = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -85,7 +90,7 @@ def synth(
     train_rows: Annotated[int, typer.Option(min=1)] = 300_000,
     test_rows: Annotated[int, typer.Option(min=1)] = 50_000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    row_group_rows: RowGroupRows = 8192,
+    row_group_rows: RowGroupRows = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -151,7 +156,7 @@ def plan(
 
 @app.command()
 def train(
-    config_path: ConfigPath = Path(),
+    config_path: OptionalConfigPath = None,
     overrides: Overrides = None,
     as_json: Json = False,
     print_schema: Annotated[
@@ -160,16 +165,21 @@ def train(
 ) -> None:
     """Plan, start launch.nproc_per_node workers here, train, evaluate."""
     from launch.local import run_workers
+    from planner import RequestError
     from shardemb.config import RunConfig, load_config
     from shardemb.data.dataset import read_info
     from shardemb.planning import plan_run
+    from shardemb.run_directory import check_output
 
     if print_schema:
         print(json.dumps(RunConfig.model_json_schema()))
         return
+    if config_path is None:
+        raise RequestError("name a run config: shardemb train CONFIG [KEY=VALUE]...")
     config = load_config(config_path, overrides or ())
     nproc = config.launch.nproc_per_node
     plan_run(config, _local_topology(nproc))  # a mistake is told before workers start
+    check_output(config.output)
     info = read_info(config.data.dir)
     stderr.print(f"starting {nproc} workers on this machine", highlight=False)
     run_workers(["-m", "shardemb.train", str(config_path), *(overrides or ())], nproc)

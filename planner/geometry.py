@@ -44,10 +44,7 @@ def row_blocks(num_embeddings: int, parts: int) -> list[tuple[int, int]]:
 
 def column_shard_count(embedding_dim: int, at_most: int) -> int:
     """The largest number of equal column shards, whole vectors each, that is <= `at_most`."""
-    vectors, rest = divmod(embedding_dim, COLUMN_MULTIPLE)
-    if rest:
-        return 1
-    return max(k for k in range(1, min(at_most, vectors) + 1) if vectors % k == 0)
+    return max(k for k in _possible_counts(embedding_dim) if k <= at_most)
 
 
 def cut(
@@ -74,16 +71,17 @@ def cut(
 
 
 def _column_blocks(table: TableSpec, column_shards: int) -> list[tuple[int, int]]:
-    width, rest = divmod(table.embedding_dim, column_shards)
-    if rest or (column_shards > 1 and width % COLUMN_MULTIPLE):
+    possible = _possible_counts(table.embedding_dim)
+    if column_shards not in possible:
         raise PlannerError(
             f"table {table.name}: {table.embedding_dim} columns cannot be cut into "
             f"{column_shards} equal shards of a multiple of {COLUMN_MULTIPLE} columns; "
-            f"choose {_possible_counts(table.embedding_dim)} shards"
+            f"choose {' or '.join(map(str, possible))} shards"
         )
+    width = table.embedding_dim // column_shards
     return [(i * width, width) for i in range(column_shards)]
 
 
-def _possible_counts(embedding_dim: int) -> str:
-    vectors = embedding_dim // COLUMN_MULTIPLE if embedding_dim % COLUMN_MULTIPLE == 0 else 1
-    return " or ".join(str(k) for k in range(1, vectors + 1) if vectors % k == 0)
+def _possible_counts(embedding_dim: int) -> list[int]:
+    vectors, rest = divmod(embedding_dim, COLUMN_MULTIPLE)
+    return [1] if rest else [k for k in range(1, vectors + 1) if vectors % k == 0]

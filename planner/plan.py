@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from planner.errors import PlannerError, RequestError
 from planner.geometry import ShardingType
@@ -23,7 +24,7 @@ Objective = Literal["stages", "max_total"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Shard(_Record):
@@ -43,7 +44,7 @@ class TablePlan(_Record):
 
     sharding_type: ShardingType
     compute_kernel: ComputeKernel
-    shards: tuple[Shard, ...]
+    shards: tuple[Shard, ...] = Field(min_length=1)
 
     @property
     def num_embeddings(self) -> int:
@@ -113,7 +114,8 @@ class Plan(_Record):
             partial.write_text(self.to_json())
             os.replace(partial, path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             raise PlannerError(f"cannot write the plan {path}: {error.strerror}") from error
 
     @classmethod

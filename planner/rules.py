@@ -85,6 +85,8 @@ def _shard_table(
 def _default_column_shards(table: TableSpec, topology: Topology, rule: ShardingRule) -> int:
     if rule.ranks and rule.sharding_type in ("column_wise", "table_column_wise"):
         return len(rule.ranks)
+    if rule.ranks and rule.sharding_type == "grid_shard":
+        return max(1, len(rule.ranks) // topology.local_world_size)
     at_most = {
         "column_wise": topology.world_size,
         "table_column_wise": topology.local_world_size,

@@ -15,7 +15,7 @@ BYTES_PER_ELEMENT: dict[DataType, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 class TableSpec(BaseModel):
     """One embedding table of `num_embeddings` rows by `embedding_dim` columns."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     num_embeddings: int = Field(gt=0)

@@ -20,12 +20,13 @@ from pydantic import (
 )
 
 from planner import RequestError, ShardingRule, TableSpec
+from planner.geometry import ShardingType
 from planner.tables import DataType, TableOptimizerName
 from shardemb.yaml_config import apply_overrides, expand_keys, expand_names, read_yaml
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DenseConfig(_Section):
@@ -73,8 +74,15 @@ class DataConfig(_Section):
         return expand_keys(features) if isinstance(features, dict) else features
 
 
+def _nothing_required(schema: dict[str, Any]) -> None:
+    """For editors: what a key leaves out may come from the name range that it is in."""
+    schema.pop("required", None)
+
+
 class TableConfig(_Section):
     """One embedding table."""
+
+    model_config = ConfigDict(json_schema_extra=_nothing_required)
 
     num_embeddings: int = Field(gt=0)
     embedding_dim: int = Field(gt=0, multiple_of=4, description="FBGEMM reads vectors of four")
@@ -104,7 +112,13 @@ def _rule(value: Any) -> Any:
     return {"sharding_type": value} if isinstance(value, str) else value
 
 
-Rule = Annotated[ShardingRule, BeforeValidator(_rule)]
+class _PartialRule(ShardingRule):
+    model_config = ConfigDict(title="ShardingRule", json_schema_extra=_nothing_required)
+
+
+Rule = Annotated[
+    ShardingRule, BeforeValidator(_rule, json_schema_input_type=ShardingType | _PartialRule)
+]
 
 
 class ShardingConfig(_Section):

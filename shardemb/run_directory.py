@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-from planner import Plan, RequestError, UserError
+from planner import Plan, PlannerError, RequestError, UserError
 from shardemb.config import RunConfig
 
 
 class RunDirectory:
-    """Creates `config.output` for a new run; an earlier run there is kept beside it."""
+    """Where a run keeps what it makes; an earlier run of the same `output` stays beside it.
+
+    It is created when there is something to keep, so that a run which fails at its first batch
+    leaves nothing behind.
+    """
 
     def __init__(self, config: RunConfig, plan: Plan) -> None:
+        check_output(config.output)
         self.path = config.output
+        self._config, self._plan = config, plan
+
+    def create(self) -> None:
+        """The directory with config.yaml and plan.json in it, whole or not at all."""
+        partial = self.path.with_name(self.path.name + ".partial")
         try:
-            self.kept = _set_aside(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(config.to_yaml())
-            plan.save(self.path / "plan.json")
-        except OSError as error:
+            partial.mkdir(parents=True, exist_ok=True)
+            (partial / "config.yaml").write_text(self._config.to_yaml())
+            self._plan.save(partial / "plan.json")
+            _set_aside(self.path)
+            partial.rename(self.path)
+        except (OSError, PlannerError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
             raise UserError(_cannot_write(self.path, error)) from error
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -44,22 +58,36 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _set_aside(path: Path) -> Path | None:
+def check_output(path: Path) -> None:
+    """Raise UserError where a run directory cannot be `path`: before hours of work, not after."""
+    try:
+        if path.is_dir() and any(path.iterdir()) and not (path / "config.yaml").exists():
+            raise RequestError(
+                f"output: {path} is not empty and not a run directory; choose another with "
+                "output=DIR"
+            )
+        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if not nearest.is_dir():
+            raise RequestError(f"output: {nearest} is a file; choose another with output=DIR")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(_cannot_write(path, error)) from error
+
+
+def _set_aside(path: Path) -> None:
     """Rename an earlier run `NAME` to the first free `NAME.1`, `NAME.2` ..."""
     if not path.is_dir() or not any(path.iterdir()):
-        return None
-    if not (path / "config.yaml").exists():
-        raise RequestError(
-            f"output: {path} is not empty and not a run directory; choose another with output=DIR"
-        )
+        return
     number = 1
     while path.with_name(f"{path.name}.{number}").exists():
         number += 1
-    return path.rename(path.with_name(f"{path.name}.{number}"))
+    path.rename(path.with_name(f"{path.name}.{number}"))
 
 
-def _cannot_write(path: Path, error: OSError) -> str:
+def _cannot_write(path: Path, error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) else error
     return (
-        f"cannot write the run directory {path}: {error.strerror}; free space there or choose "
+        f"output: cannot write the run directory {path} ({reason}); make room there, or choose "
         "another with output=DIR"
     )

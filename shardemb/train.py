@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(config: RunConfig) -> None:
     """Plan, shard, train, evaluate; every rank calls it, and rank 0 writes the run directory."""
     import torch
+    import torch.distributed as dist
 
     from shardemb.models import build_model
     from shardemb.process_group import process_group
@@ -47,7 +48,7 @@ def run(config: RunConfig) -> None:
         torch.manual_seed(config.seed)
         model = build_model(config)
         plan = _agree_on_plan(config, topology)
-        directory = _make_directory(config, plan)
+        directory = RunDirectory(config, plan) if dist.get_rank() == 0 else None
         sharded = shard_model(
             model, plan, config.train.table_optimizer, device=device, seed=config.seed
         )
@@ -97,16 +98,12 @@ def _agree_on_plan(config: RunConfig, topology: Topology) -> Plan:
     return plan[0]
 
 
-def _make_directory(config: RunConfig, plan: Plan) -> RunDirectory | None:
-    return RunDirectory(config, plan) if os.environ["RANK"] == "0" else None
-
-
 def _log(directory: RunDirectory | None, steps: int) -> RunLog | nullcontext[None]:
     if directory is None:
         return nullcontext()
     from shardemb.metrics.run_log import RunLog
 
-    return RunLog(directory.path, steps)
+    return RunLog(directory, steps)
 
 
 def _result(plan: Plan, progress: Progress, evaluation: Evaluation | None) -> dict[str, Any]:

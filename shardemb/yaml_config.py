@@ -8,43 +8,51 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from planner.errors import RequestError
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_KEY_DOT = re.compile(r"\.(?![^{]*\})")  # not the dots of a range
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key given twice, where YAML silently takes the last."""
+    """A SafeLoader whose keys are text as written (`1`, `no`), each given once; 1e-3 is a number.
+
+    YAML would take the last of equal keys, read `no` as false and 1e-3 as text.
+    """
 
 
 def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    seen: dict[Any, int] = {}
+    seen: dict[str, int] = {}
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        line = key_node.start_mark.line + 1
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        mark, key = key_node.start_mark, key_node.value
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConstructorError(None, None, "a key must be plain text", mark)
         if key in seen:
-            raise RequestError(
-                f"{loader.name}: {key!r} is given twice, on lines {seen[key]} and {line}"
-            )
-        seen[key] = line
+            problem = f"{key!r} is given twice, on lines {seen[key]} and {mark.line + 1}"
+            raise ConstructorError(None, None, problem, mark)
+        seen[key] = mark.line + 1
+        key_node.tag = yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG
     return loader.construct_mapping(node, deep=True)
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in `path`; RequestError names the file and line of what is wrong."""
     try:
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             document = yaml.load(file, _StrictLoader)
     except OSError as error:
         raise RequestError(f"cannot read the config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not a text file: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise RequestError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(document, dict):
         found = type(document).__name__
@@ -53,30 +61,43 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Set `a.b=value` in place; the value is read as YAML."""
+    """Set `a.b=value` in place; the value is read as YAML.
+
+    A name range sets the key of each name, which wins over any range of the document.
+    """
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise RequestError(
                 f"override {override!r}: write key.sub=value, for example train.batch_size=512"
             )
-        *parents, last = _KEY_DOT.split(key)
-        target = document
-        for depth, parent in enumerate(parents, start=1):
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise RequestError(
-                    f"override {override!r}: {'.'.join(parents[:depth])} is {target!r}, "
-                    "it has no keys below it"
-                )
         try:
-            target[last] = yaml.load(text, _StrictLoader)
+            for name in expand_names([key]):
+                _set(document, name.split("."), yaml.load(text, _StrictLoader))
         except yaml.YAMLError as error:
-            raise RequestError(f"override {override!r}: the value is not valid YAML") from error
+            reason = getattr(error, "problem", None) or "it has unprintable characters"
+            raise RequestError(
+                f"override {override!r}: the value is not valid YAML: {reason}"
+            ) from error
+        except ValueError as error:
+            raise RequestError(f"override {override!r}: {error}") from error
+
+
+def _set(document: dict[str, Any], keys: list[str], value: Any) -> None:
+    *parents, last = keys
+    for depth, parent in enumerate(parents, start=1):
+        below = document.get(parent)
+        if not isinstance(below, dict | None):
+            raise ValueError(
+                f"{'.'.join(parents[:depth])} is {below!r}, it has no keys below it: set all of it"
+            )
+        document[parent] = dict(below or {})  # a copy: a YAML alias may be it elsewhere
+        document = document[parent]
+    document[last] = value
 
 
 def expand_names(names: Iterable[str]) -> list[str]:
-    """`["C{1..3}", "D"]` -> `["C1", "C2", "C3", "D"]`."""
+    """`["C{1..3}", "D"]` -> `["C1", "C2", "C3", "D"]`; `{01..12}` keeps its zeros."""
     expanded: list[str] = []
     for name in names:
         match = _RANGE.search(name)
@@ -85,14 +106,15 @@ def expand_names(names: Iterable[str]) -> list[str]:
             continue
         first, last = int(match[1]), int(match[2])
         if last < first:
-            raise RequestError(f"name range {name!r} is empty: write the smaller number first")
-        parts = (f"{name[: match.start()]}{i}{name[match.end() :]}" for i in range(first, last + 1))
+            raise ValueError(f"name range {name!r} is empty: write the smaller number first")
+        before, after, width = name[: match.start()], name[match.end() :], len(match[1])
+        parts = (f"{before}{i:0{width}}{after}" for i in range(first, last + 1))
         expanded.extend(expand_names(parts))
     return expanded
 
 
 def expand_keys(mapping: dict[str, Any]) -> dict[str, Any]:
-    """Expand range keys; an exact key adds to, and wins over, what its range says."""
+    """Expand range keys; fields of a later range win, and those of an exact key over all."""
     expanded: dict[str, Any] = {}
     ranges_first = sorted(mapping, key=lambda key: _RANGE.search(str(key)) is None)
     for key in ranges_first:

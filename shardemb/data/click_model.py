@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from shardemb.data.dataset import BestReachable
+from shardemb.data.hashing import mix64
 
 _Floats = NDArray[np.float64]
 
@@ -145,18 +146,9 @@ def _mean_and_std(columns: _Floats) -> tuple[_Floats, _Floats]:
 
 def _hashed_normals(values: NDArray[np.int64], key: np.uint64) -> _Floats:
     """A number for each value, near normal over many: the sum of four uniform 16-bit pieces."""
-    bits = _splitmix64(values.astype(np.uint64) + key)
+    bits = mix64((values.astype(np.uint64) + key).view(np.int64))
     pieces = np.zeros(len(bits), np.uint64)
     for shift in (0, 16, 32, 48):
         pieces += (bits >> np.uint64(shift)) & np.uint64(0xFFFF)
     normals: _Floats = (pieces / 65535.0 - 2.0) * np.sqrt(3.0)
     return normals
-
-
-def _splitmix64(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of the splitmix64 generator (Steele, Lea and Flood, 2014)."""
-    bits = bits * np.uint64(0x9E3779B97F4A7C15)
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: NDArray[np.uint64] = bits ^ (bits >> np.uint64(31))
-    return mixed

@@ -13,9 +13,9 @@ from pyarrow import csv
 
 from planner.errors import RequestError, UserError
 from shardemb.data.dataset import (
-    ROW_GROUP_ROWS,
     DatasetInfo,
     SplitWriter,
+    default_row_group_rows,
     new_dataset,
     write_info,
 )
@@ -41,7 +41,7 @@ def convert_criteo(
     *,
     test_rows: int = 0,
     categoricals: Categoricals = "hex",
-    row_group_rows: int = ROW_GROUP_ROWS,
+    row_group_rows: int | None = None,
     overwrite: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> DatasetInfo:
@@ -50,12 +50,17 @@ def convert_criteo(
     Missing values become nulls. `on_progress` is given the number of rows done so far.
     """
     _check_request(source, test_rows, categoricals)
+    train_rows = _train_rows(source, test_rows)
+
+    def writer(split: str, rows: int | None) -> SplitWriter:
+        size = default_row_group_rows(rows) if row_group_rows is None else row_group_rows
+        return SplitWriter(folder, split, row_group_rows=size)
+
     with (
         new_dataset(out, overwrite=overwrite) as folder,
-        SplitWriter(folder, "train", row_group_rows=row_group_rows) as train,
-        SplitWriter(folder, "test", row_group_rows=row_group_rows) as test,
+        writer("train", train_rows) as train,
+        writer("test", test_rows) as test,
     ):
-        train_rows = _train_rows(source, test_rows)
         for table in _read_tables(source, categoricals):
             room = table.num_rows if train_rows is None else train_rows - train.rows
             train.write(table.slice(0, room))

@@ -20,6 +20,8 @@ from planner.errors import RequestError, UserError
 INFO_FILE = "dataset.json"
 ROW_GROUP_ROWS = 8192
 ROWS_PER_FILE = 1_048_576
+# Ranks read whole row groups: small splits get smaller ones, so that this many ranks can share.
+ROW_GROUPS_AT_LEAST = 16
 # Of Parquet's codecs the fastest to read on Criteo's columns, at four fifths of their plain size.
 COMPRESSION = "lz4"
 
@@ -72,6 +74,13 @@ def read_info(folder: Path) -> DatasetInfo | None:
 def split_files(folder: Path, split: str) -> list[Path]:
     """The Parquet parts of one split, in the order of their rows."""
     return sorted((folder / split).glob("*.parquet"))
+
+
+def default_row_group_rows(rows: int | None) -> int:
+    """Rows in a row group of a split of `rows` rows (None: not known beforehand)."""
+    if rows is None:
+        return ROW_GROUP_ROWS
+    return max(1, min(ROW_GROUP_ROWS, -(-rows // ROW_GROUPS_AT_LEAST)))
 
 
 class SplitWriter:

@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 
 from planner.errors import RequestError
 from shardemb.data.click_model import ClickModel, Scores
-from shardemb.data.dataset import ROW_GROUP_ROWS, DatasetInfo, new_dataset, write_info, write_split
+from shardemb.data.dataset import (
+    DatasetInfo,
+    default_row_group_rows,
+    new_dataset,
+    write_info,
+    write_split,
+)
 
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
@@ -61,7 +67,7 @@ def synthesize(
     test_rows: int,
     seed: int = 0,
     zipf: float = 1.1,
-    row_group_rows: int = ROW_GROUP_ROWS,
+    row_group_rows: int | None = None,
     overwrite: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> DatasetInfo:
@@ -88,8 +94,9 @@ def synthesize(
 
     rows = {"train": train_rows} | ({"test": test_rows} if test_rows else {})
     with new_dataset(out, overwrite=overwrite) as folder:
-        write_split(folder, "train", tables(_TRAIN, train_rows), row_group_rows=row_group_rows)
-        write_split(folder, "test", tables(_TEST, test_rows), row_group_rows=row_group_rows)
+        for split, stream, count in (("train", _TRAIN, train_rows), ("test", _TEST, test_rows)):
+            size = default_row_group_rows(count) if row_group_rows is None else row_group_rows
+            write_split(folder, split, tables(stream, count), row_group_rows=size)
         info = DatasetInfo(
             format="synthetic",
             rows=rows,

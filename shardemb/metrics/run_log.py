@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
+from functools import cached_property
 from types import TracebackType
 
 from rich.console import Console
@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from planner import UserError
 from shardemb.metrics.evaluation import Evaluation
-from shardemb.run_directory import without_nan
+from shardemb.run_directory import RunDirectory, without_nan
 from shardemb.trainer import Progress
 
 # Seconds between lines where there is no terminal to redraw a bar on.
@@ -24,11 +24,14 @@ LINE_SECONDS = 5.0
 
 
 class RunLog:
-    """A context manager; `report` and `evaluated` are called by rank 0 alone."""
+    """A context manager; `report` and `evaluated` are called by rank 0 alone.
 
-    def __init__(self, directory: Path, total_steps: int) -> None:
-        self._path = directory / "metrics.jsonl"
-        self._tensorboard = SummaryWriter(str(directory / "tensorboard"))
+    The first report creates the run directory.
+    """
+
+    def __init__(self, directory: RunDirectory, total_steps: int) -> None:
+        self._directory = directory
+        self._path = directory.path / "metrics.jsonl"
         self._console = Console(file=sys.stderr)
         self._total = total_steps
         self._bar = ProgressBar(
@@ -54,9 +57,16 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.stop()
-        self._tensorboard.close()
+        if "_tensorboard" in vars(self):
+            self._tensorboard.close()
+
+    @cached_property
+    def _tensorboard(self) -> SummaryWriter:
+        return SummaryWriter(str(self._directory.path / "tensorboard"))
 
     def report(self, progress: Progress) -> None:
+        if "_tensorboard" not in vars(self):
+            self._directory.create()
         self._write({"kind": "train", "time": time.time(), **asdict(progress)})
         for name in ("train_loss", "samples_per_second", "data_wait_fraction"):
             self._tensorboard.add_scalar(f"train/{name}", getattr(progress, name), progress.step)

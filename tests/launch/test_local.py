@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -75,11 +76,17 @@ class Team:
         assert self.alive() == []
         return raised.value
 
-    def command(self, body: str, **options: object) -> subprocess.Popen[str]:
+    def command(
+        self, body: str, at_start: signal.Handlers = signal.SIG_DFL
+    ) -> subprocess.Popen[str]:
         """The command in a process of its own, whose workers have started."""
         program = [sys.executable, "-c", COMMAND, "work", self.program(body)]
-        process = subprocess.Popen(  # type: ignore[call-overload]
-            program, stderr=subprocess.PIPE, text=True, env={"TMPDIR": str(self.scratch)}, **options
+        process = subprocess.Popen(
+            program,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(self.scratch)},
+            preexec_fn=lambda: set_signals(at_start),
         )
         wait_until(lambda: len(self.pids()) == 2)
         return process
@@ -109,6 +116,12 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def set_signals(handler: signal.Handlers) -> None:
+    """As a terminal starts a program (SIG_DFL), or a script in the background (SIG_IGN)."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, handler)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -362,16 +375,9 @@ def test_workers_end_with_their_launcher(team: Team, signum: signal.Signals, cod
 
 def test_a_run_in_the_background_keeps_ignoring_what_its_shell_ignores(team: Team) -> None:
     """`nohup shardemb ... &` from a script starts with SIGINT and SIGHUP ignored: so it stays."""
-    ignored = (signal.SIGINT, signal.SIGHUP)
-
-    def as_nohup() -> None:
-        for signum in ignored:
-            signal.signal(signum, signal.SIG_IGN)
-
-    command = team.command(
-        "while not (FOLDER / 'go').exists(): time.sleep(0.01)", preexec_fn=as_nohup
-    )
-    for signum in ignored:
+    body = "while not (FOLDER / 'go').exists(): time.sleep(0.01)"
+    command = team.command(body, at_start=signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGHUP):
         command.send_signal(signum)
     with pytest.raises(subprocess.TimeoutExpired):
         command.wait(0.3)
