@@ -92,16 +92,16 @@ class _Worker:
         code = self.process.poll()
         if code in (None, 0):
             return None
-        return Failure(self.rank, 1, self._last_words(code or 0), time.time())
+        return Failure(1, self._last_words(code or 0), time.time())
 
     def _last_words(self, code: int) -> str:
         if code < 0:
             name = signal.Signals(-code).name
-            reason = f"was killed by {name}"
+            reason = f"the worker of rank {self.rank} was killed by {name}"
             if name == "SIGKILL":
-                reason += "; if nobody did that, the machine ran out of memory"
+                reason += "; if nobody did that, this machine ran out of memory"
         else:
-            reason = f"ended with exit code {code}"
+            reason = f"the worker of rank {self.rank} ended with exit code {code}"
         tail = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return "\n".join([f"{reason}; its log ends:", *tail]) if tail else reason
 
@@ -124,8 +124,7 @@ def _wait(workers: list[_Worker]) -> None:
         failures = _failures(workers)
     if failures:
         first = min(failures, key=lambda failure: (failure.is_echo, failure.time))
-        where = f"worker of rank {first.rank}: " if len(workers) > 1 else ""
-        raise WorkerError(where + first.message, first.exit_code)
+        raise WorkerError(first.message, first.exit_code)
 
 
 def _failures(workers: list[_Worker]) -> list[Failure]:

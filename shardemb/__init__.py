@@ -20,7 +20,6 @@ _PUBLIC = {
     "Trainer": "shardemb.trainer",
     "current_topology": "shardemb.sharding.shard_model",
     "load_config": "shardemb.config",
-    "parquet_files": "shardemb.data.parquet",
     "process_group": "shardemb.process_group",
     "shard_model": "shardemb.sharding.shard_model",
     "tables_from_module": "shardemb.sharding.tables",

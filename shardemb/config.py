@@ -276,7 +276,7 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 
 
 def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.3)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]}?"
     names = sorted(known)

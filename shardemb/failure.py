@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -20,12 +21,13 @@ FAILURE_FILE = "SHARDEMB_FAILURE_FILE"
 # What gloo and nccl say on the ranks that did not fail themselves.
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @dataclass(frozen=True)
 class Failure:
     """Why a rank ended. `is_echo`: another rank's end was noticed, which is not the cause."""
 
-    rank: int
     exit_code: int
     message: str
     time: float
@@ -39,7 +41,10 @@ class Outcome:
 
 @contextmanager
 def report_failures() -> Iterator[Outcome]:
-    """Report what the block raises to the launcher, or to stderr where there is none."""
+    """Report what the block raises to the launcher, or to stderr where there is none.
+
+    A library's error about a full disk is the user's to mend, like a UserError.
+    """
     outcome = Outcome()
     try:
         yield outcome
@@ -48,16 +53,24 @@ def report_failures() -> Iterator[Outcome]:
         _report(error.exit_code, str(error))
     except Exception as error:
         outcome.exit_code = 1
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            where = f" ({error.filename})" if error.filename else ""
+            _report(1, f"{error.strerror}{where}: make room, or choose another output=DIR")
+            return
         is_echo = any(sign in str(error) for sign in _PEER_LOST)
-        _report(1, traceback.format_exc(), is_echo)
+        _report(1, f"in the worker of rank {_rank()}\n{traceback.format_exc()}", is_echo)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
 
 
 def _report(exit_code: int, message: str, is_echo: bool = False) -> None:
-    failure = Failure(int(os.environ.get("RANK", 0)), exit_code, message, time.time(), is_echo)
+    failure = Failure(exit_code, message, time.time(), is_echo)
     target = os.environ.get(FAILURE_FILE)
     if target:
         partial = Path(target + ".partial")
         partial.write_text(json.dumps(vars(failure)))
         partial.rename(target)
     elif not is_echo:
-        print(f"error (rank {failure.rank}): {message}", file=sys.stderr)
+        print(f"error (rank {_rank()}): {message}", file=sys.stderr)

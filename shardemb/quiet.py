@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
 
 
@@ -22,3 +23,10 @@ def silence_libraries() -> None:
     # TorchRec and PyTorch log their own deprecations and group names as warnings.
     for logger in ("torchrec", "torch.fx", "torch.distributed", "fbgemm_gpu"):
         logging.getLogger(logger).setLevel(logging.ERROR)
+    threading.excepthook = _show_thread_error
+
+
+def _show_thread_error(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands its error to the main thread: it need not print it as well."""
+    if type(error.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(error)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from planner import Plan, PlannerError, RequestError, UserError
+from planner import Plan, RequestError, UserError
 from shardemb.config import RunConfig
 
 
@@ -27,16 +27,17 @@ class RunDirectory:
         self._config, self._plan = config, plan
 
     def create(self) -> None:
-        """The directory with config.yaml and plan.json in it, whole or not at all."""
-        partial = self.path.with_name(self.path.name + ".partial")
+        """The directory with config.yaml and plan.json in it, or all as it was before."""
+        kept = None
         try:
-            partial.mkdir(parents=True, exist_ok=True)
-            (partial / "config.yaml").write_text(self._config.to_yaml())
-            self._plan.save(partial / "plan.json")
-            _set_aside(self.path)
-            partial.rename(self.path)
-        except (OSError, PlannerError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            kept = _set_aside(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "config.yaml").write_text(self._config.to_yaml())
+            (self.path / "plan.json").write_text(self._plan.to_json())
+        except OSError as error:
+            shutil.rmtree(self.path, ignore_errors=True)
+            if kept:
+                kept.rename(self.path)
             raise UserError(_cannot_write(self.path, error)) from error
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -69,25 +70,24 @@ def check_output(path: Path) -> None:
         nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
         if not nearest.is_dir():
             raise RequestError(f"output: {nearest} is a file; choose another with output=DIR")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
     except OSError as error:
         raise UserError(_cannot_write(path, error)) from error
 
 
-def _set_aside(path: Path) -> None:
+def _set_aside(path: Path) -> Path | None:
     """Rename an earlier run `NAME` to the first free `NAME.1`, `NAME.2` ..."""
     if not path.is_dir() or not any(path.iterdir()):
-        return
+        return None
     number = 1
     while path.with_name(f"{path.name}.{number}").exists():
         number += 1
-    path.rename(path.with_name(f"{path.name}.{number}"))
+    return path.rename(path.with_name(f"{path.name}.{number}"))
 
 
-def _cannot_write(path: Path, error: Exception) -> str:
-    reason = error.strerror if isinstance(error, OSError) else error
+def _cannot_write(path: Path, error: OSError) -> str:
     return (
-        f"output: cannot write the run directory {path} ({reason}); make room there, or choose "
-        "another with output=DIR"
+        f"output: cannot write the run directory {path} ({error.strerror}); make room there, or "
+        "choose another with output=DIR"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -43,8 +42,8 @@ def run(config: RunConfig) -> None:
 
     with process_group(config.launch.device) as device:
         topology = current_topology()
-        train_data = _reader(config, "train", topology)
-        test_data = _reader(config, "test", topology) if _has_test(config) else None
+        train_data = _reader(config, "train")
+        test_data = _reader(config, "test") if _has_test(config) else None
         torch.manual_seed(config.seed)
         model = build_model(config)
         plan = _agree_on_plan(config, topology)
@@ -69,16 +68,14 @@ def run(config: RunConfig) -> None:
             directory.write_result(_result(plan, progress, evaluation))
 
 
-def _reader(config: RunConfig, split: str, topology: Topology) -> ParquetReader:
+def _reader(config: RunConfig, split: str) -> ParquetReader:
     from shardemb.data.columns import BatchSchema
-    from shardemb.data.parquet import ParquetReader, parquet_files
+    from shardemb.data.parquet import ParquetReader
 
     return ParquetReader(
-        parquet_files(config.data.dir / split),
+        config.data.dir / split,
         BatchSchema.from_config(config),
         batch_size=config.train.batch_size,
-        rank=int(os.environ["RANK"]),
-        world_size=topology.world_size,
         shuffle=config.data.shuffle and split == "train",
         seed=config.seed,
     )

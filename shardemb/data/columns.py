@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from planner import UserError
+from planner import TableSpec, UserError
 from shardemb.config import RunConfig
 from shardemb.data.hashing import hash_ids, strings_to_ids
 
@@ -50,6 +51,24 @@ class BatchSchema:
         return any(feature.weights for feature in self.features)
 
     @classmethod
+    def for_tables(
+        cls,
+        tables: Iterable[TableSpec],
+        *,
+        label: str = "label",
+        dense: Sequence[str] = (),
+        dense_transform: Literal["none", "log"] = "none",
+        ids: Literal["as_is", "hash"] = "as_is",
+    ) -> BatchSchema:
+        """Every feature of `tables` read from the column of its name."""
+        features = {
+            name: FeatureSchema(name, table.name, table.num_embeddings, column=name, ids=ids)
+            for table in sorted(tables, key=lambda t: -t.num_embeddings)
+            for name in table.feature_names
+        }
+        return cls(label, tuple(dense), dense_transform, features=tuple(features.values()))
+
+    @classmethod
     def from_config(cls, config: RunConfig) -> BatchSchema:
         """Each feature once; one used by several tables must fit the smallest of them."""
         features: dict[str, FeatureSchema] = {}
@@ -80,10 +99,10 @@ class Origin:
     """Where the rows of a piece come from, for messages."""
 
     file: str
-    rows: NDArray[np.int64]  # row number within the file, 0-based, of each row
+    first_row: int  # number within the file, from 0
 
     def row(self, index: int) -> str:
-        return f"{self.file}, row {self.rows[index]}"
+        return f"{self.file}, row {self.first_row + index}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,16 @@ class Bags:
             offsets=self.offsets[start : stop + 1] - first,
             weights=None if self.weights is None else self.weights[first:last],
         )
+
+    def take(self, order: NDArray[np.int64]) -> Bags:
+        """The bags of rows order[0], order[1] ..."""
+        values, lengths = self.offsets[order], np.diff(self.offsets)[order]
+        offsets = _offsets(lengths)
+        if not (lengths == 1).all():
+            shift = np.repeat(values - offsets[:-1], lengths)
+            values = np.arange(len(shift)) + shift
+        weights = None if self.weights is None else self.weights[values]
+        return Bags(self.ids[values], offsets, weights)
 
 
 @dataclass(frozen=True)
@@ -121,29 +150,61 @@ class Piece:
             bags=tuple(bags.slice(start, stop) for bags in self.bags),
         )
 
+    def take(self, order: NDArray[np.int64]) -> Piece:
+        bags = tuple(bags.take(order) for bags in self.bags)
+        return Piece(self.labels[order], self.dense[order], bags)
+
+
+def concatenate(pieces: Sequence[Piece]) -> Piece:
+    """The rows of one piece after those of another."""
+    if len(pieces) == 1:
+        return pieces[0]
+    bags = []
+    for parts in zip(*(piece.bags for piece in pieces), strict=True):
+        weights = [part.weights for part in parts if part.weights is not None]
+        bags.append(
+            Bags(
+                ids=np.concatenate([part.ids for part in parts]),
+                offsets=_offsets(np.concatenate([np.diff(part.offsets) for part in parts])),
+                weights=np.concatenate(weights) if weights else None,
+            )
+        )
+    return Piece(
+        labels=np.concatenate([piece.labels for piece in pieces]),
+        dense=np.concatenate([piece.dense for piece in pieces]),
+        bags=tuple(bags),
+    )
+
+
+def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+
 
 def convert(table: pa.Table, schema: BatchSchema, origin: Origin) -> Piece:
     """`table` as arrays. UserError names the feature, file and row of a value that is wrong."""
-    arrays = {name: _one_array(table.column(name)) for name in schema.columns}
-    dense = [_dense(arrays[name], schema) for name in schema.dense]
+    arrays = {name: table.column(name).combine_chunks() for name in schema.columns}
     return Piece(
         labels=_labels(arrays[schema.label], schema.label, origin),
-        dense=np.stack(dense, axis=1) if dense else np.zeros((len(table), 0), np.float32),
+        dense=_dense(arrays, schema, origin),
         bags=tuple(
             _bags(arrays, feature, schema.is_weighted, origin) for feature in schema.features
         ),
     )
 
 
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    if isinstance(combined, pa.ChunkedArray):
-        combined = pa.concat_arrays(combined.chunks) if combined.num_chunks else combined.chunk(0)
-    return combined
+def element_type(kind: pa.DataType) -> pa.DataType:
+    """The type of a list's elements; `kind` itself where it is not a list."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return kind.value_type if is_list or pa.types.is_fixed_size_list(kind) else kind
+
+
+def _float32(array: pa.Array) -> NDArray[np.float32]:
+    """Rounded to float32; nulls become NaN."""
+    return pc.cast(array, pa.float32(), safe=False).to_numpy(zero_copy_only=False)
 
 
 def _labels(array: pa.Array, name: str, origin: Origin) -> NDArray[np.float32]:
-    labels = pc.cast(array, pa.float32()).to_numpy(zero_copy_only=False)
+    labels = _float32(array)
     wrong = ~((labels >= 0) & (labels <= 1))
     if wrong.any():
         index = int(np.argmax(wrong))
@@ -154,12 +215,23 @@ def _labels(array: pa.Array, name: str, origin: Origin) -> NDArray[np.float32]:
     return labels
 
 
-def _dense(array: pa.Array, schema: BatchSchema) -> NDArray[np.float32]:
-    values = pc.cast(array, pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+def _dense(arrays: dict[str, pa.Array], schema: BatchSchema, origin: Origin) -> NDArray[np.float32]:
+    """[rows, columns]; a NaN in the data means the same as a null."""
+    dense = np.empty((len(arrays[schema.label]), len(schema.dense)), np.float32)
+    for column, name in enumerate(schema.dense):
+        dense[:, column] = _float32(arrays[name])
+    infinite = np.isinf(dense)
+    if infinite.any():
+        index, column = np.argwhere(infinite)[0]
+        name = schema.dense[column]
+        raise UserError(
+            f"{origin.row(index)}: dense feature {name} is {arrays[name][int(index)].as_py()}, "
+            "which is no finite 32-bit float; correct it or make it null"
+        )
     if schema.dense_transform == "log":
-        values = np.sign(values) * np.log1p(np.abs(values))
-    # Arrow gives nulls as NaN here; a NaN in the data means the same.
-    return np.nan_to_num(values, copy=True, nan=schema.dense_null_value)
+        dense = np.sign(dense) * np.log1p(np.abs(dense))
+    dense[np.isnan(dense)] = schema.dense_null_value
+    return dense
 
 
 def _bags(
@@ -174,8 +246,19 @@ def _bags(
         lengths = np.bincount(bag_of_value, minlength=len(lengths))
         weights = None if weights is None else weights[valid]
         values = values.drop_null()
-    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    offsets = _offsets(lengths)
+    if weights is not None and not np.isfinite(weights).all():
+        index = _row_of(int(np.argmin(np.isfinite(weights))), offsets)
+        raise UserError(
+            f"{origin.row(index)}: feature {feature.name} has a null, NaN or infinite weight "
+            f"(column {feature.weights})"
+        )
     return Bags(_rows(values, offsets, feature, origin), offsets, weights)
+
+
+def _row_of(value: int, offsets: NDArray[np.int64]) -> int:
+    """The row, among those of `offsets`, that has the value of this number."""
+    return int(np.searchsorted(offsets, value, side="right")) - 1
 
 
 def _values_and_lengths(array: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
@@ -198,12 +281,7 @@ def _weights(
             f"{origin.row(index)}: feature {feature.name} has {lengths[index]} ids "
             f"and {found[index]} weights (column {feature.weights}); each id needs one weight"
         )
-    weights = pc.cast(values, pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-    if np.isnan(weights).any():
-        value = int(np.argmax(np.isnan(weights)))
-        index = int(np.repeat(np.arange(len(lengths)), lengths)[value])
-        raise UserError(f"{origin.row(index)}: feature {feature.name} has a null or NaN weight")
-    return weights
+    return _float32(values)
 
 
 def _rows(
@@ -214,36 +292,31 @@ def _rows(
         values = strings_to_ids(values)
     is_null = values.is_null().to_numpy(zero_copy_only=False) if values.null_count else None
     filled = pc.fill_null(values, 0) if values.null_count else values
-    ids = _int64(filled, offsets, feature, origin)
+    # Casts wrap: ids beyond int64 hash well, and are negative for the range check.
+    ids = pc.cast(filled, pa.int64(), safe=False).to_numpy(zero_copy_only=False)
     if feature.ids == "hash":
         rows = hash_ids(ids, feature.num_embeddings, feature.null_row)
     else:
-        _check_range(ids, offsets, feature, origin)
+        _check_range(ids, filled, offsets, feature, origin)
         rows = ids
     if is_null is not None and feature.null_row is not None:
         rows = np.where(is_null, feature.null_row, rows)
     return rows
 
 
-def _int64(
-    values: pa.Array, offsets: NDArray[np.int64], feature: FeatureSchema, origin: Origin
-) -> NDArray[np.int64]:
-    if pa.types.is_uint64(values.type):
-        # Bit patterns are kept: huge ids hash well, and fail the range check when taken as is.
-        return values.to_numpy(zero_copy_only=False).view(np.int64)
-    return pc.cast(values, pa.int64()).to_numpy(zero_copy_only=False)
-
-
 def _check_range(
-    ids: NDArray[np.int64], offsets: NDArray[np.int64], feature: FeatureSchema, origin: Origin
+    ids: NDArray[np.int64],
+    values: pa.Array,
+    offsets: NDArray[np.int64],
+    feature: FeatureSchema,
+    origin: Origin,
 ) -> None:
     if len(ids) == 0 or (ids.min() >= 0 and ids.max() < feature.num_embeddings):
         return
-    value = int(np.argmax((ids < 0) | (ids >= feature.num_embeddings)))
-    index = int(np.searchsorted(offsets, value, side="right")) - 1
+    wrong = int(np.argmax((ids < 0) | (ids >= feature.num_embeddings)))
     raise UserError(
-        f"{origin.row(index)}: feature {feature.name} has id {ids[value]}, outside table "
-        f"{feature.table}, whose rows are 0 to {feature.num_embeddings - 1}. Raise "
+        f"{origin.row(_row_of(wrong, offsets))}: feature {feature.name} has id {values[wrong]}, "
+        f"outside table {feature.table}, whose rows are 0 to {feature.num_embeddings - 1}. Raise "
         f"tables.{feature.table}.num_embeddings above the largest id, or hash the ids into the "
         f"table with data.features.{feature.name}.ids: hash"
     )

@@ -24,7 +24,7 @@ def mix64(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
 def hash_ids(
     ids: NDArray[np.int64], num_embeddings: int, reserved_row: int | None = None
 ) -> NDArray[np.int64]:
-    """Rows in [0, num_embeddings) for `ids`; none of them is `reserved_row`."""
+    """Rows in [0, num_embeddings) for `ids`; `reserved_row` is none of them, if there are two."""
     if reserved_row is None:
         return (mix64(ids) % np.uint64(num_embeddings)).astype(np.int64)
     rows = (mix64(ids) % np.uint64(max(num_embeddings - 1, 1))).astype(np.int64)
@@ -33,8 +33,8 @@ def hash_ids(
 
 def strings_to_ids(strings: pa.Array) -> pa.Array:
     """A 64-bit integer for each string, nulls kept; each distinct string is hashed once."""
-    encoded = strings.dictionary_encode()
-    digests = (hashlib.blake2b(s.encode(), digest_size=8).digest() for s in
-               encoded.dictionary.to_pylist())  # fmt: skip
+    encoded = strings.cast(pa.large_binary()).dictionary_encode()  # no need to be valid UTF-8
+    texts = encoded.dictionary.to_pylist()
+    digests = (hashlib.blake2b(text, digest_size=8).digest() for text in texts)
     codes = np.frombuffer(b"".join(digests), dtype="<i8")
     return pc.take(pa.array(codes, pa.int64()), encoded.indices)

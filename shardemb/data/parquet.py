@@ -3,155 +3,155 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 from torchrec import KeyedJaggedTensor
 
 from planner import UserError
 from shardemb.data.batch import Batch
-from shardemb.data.columns import BatchSchema, Origin, Piece, convert
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    file: Path
-    index: int
-    first_row: int  # number within the file
-    rows: int
+from shardemb.data.columns import (
+    Bags,
+    BatchSchema,
+    Origin,
+    Piece,
+    concatenate,
+    convert,
+    element_type,
+)
+from shardemb.data.order import Part, RowGroup, Schedule
 
 
 class ParquetReader:
     """The batches of one rank, in an order that depends on `seed` and the epoch alone.
 
-    Row groups are dealt out so that ranks have nearly the same number of rows. Every rank makes
-    the same number of steps: where one has no rows left its batches are padding, so no rank
-    waits for another and no row is dropped. How many rows a step has on all ranks follows from
-    the files' footers, without communication.
+    `data` is a folder of Parquet files, or the files; `rank` and `world_size` are those of the
+    process group where they are not given.
+
+    A rank reads its own row groups; what a step is trained on does not depend on the number of
+    ranks (see `order`). Every rank makes the same number of steps: where one has no rows left its
+    batches are padding, so no rank waits for another and no row is dropped. How many rows a step
+    has on all ranks follows from the files' footers, without communication.
     """
 
     def __init__(
         self,
-        files: Sequence[Path],
+        data: str | Path | Sequence[Path],
         schema: BatchSchema,
         *,
         batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
     ) -> None:
+        files = parquet_files(Path(data)) if isinstance(data, str | Path) else list(data)
         self.schema = schema
         self.batch_size = batch_size
-        self.rank = rank
+        self.rank = _rank() if rank is None else rank
+        world_size = _world_size() if world_size is None else world_size
         self.shuffle = shuffle
         self.seed = seed
         groups = [group for file in files for group in _row_groups(file, schema)]
+        folder = files[0].parent if files else "the data"
+        if not groups:
+            raise UserError(f"{folder} has no rows")
         if len(groups) < world_size:
-            folder = files[0].parent if files else "the data"
             raise UserError(
                 f"{folder} has {len(groups)} row groups with rows for {world_size} ranks: each "
                 "rank reads whole row groups. Write the data with smaller row groups "
-                f"(--row-group-rows), or use at most {max(len(groups), 1)} ranks"
+                f"(--row-group-rows), or use at most {len(groups)} ranks"
             )
-        self._shares = _deal(groups, world_size)
-        self._rows = np.array([sum(group.rows for group in share) for share in self._shares])
+        self._schedule = Schedule(groups, batch_size, world_size)
 
     @property
     def steps_per_epoch(self) -> int:
-        return int(-(-self._rows.max() // self.batch_size))
+        return self._schedule.steps
 
     @property
     def rows_per_epoch(self) -> int:
         """Rows of data in an epoch, over all ranks."""
-        return int(self._rows.sum())
+        return self._schedule.num_rows
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """`steps_per_epoch` batches."""
-        generator = np.random.default_rng([self.seed, epoch, self.rank])
-        rows_left = np.array(self._rows)
-        pieces = self._pieces(generator)
-        for _ in range(self.steps_per_epoch):
-            global_rows = int(np.minimum(rows_left, self.batch_size).sum())
-            rows_left = np.maximum(rows_left - self.batch_size, 0)
-            yield self._batch(next(pieces, []), global_rows)
+        pieces = self._pieces(epoch)
+        for step in range(self._schedule.steps):
+            yield self._batch(next(pieces, None), self._schedule.rows_of_step(step))
 
-    def _pieces(self, generator: np.random.Generator) -> Iterator[list[Piece]]:
-        """Pieces that add up to `batch_size` rows, the last time to what is left."""
-        share = list(self._shares[self.rank])
+    def _pieces(self, epoch: int) -> Iterator[Piece]:
+        """This rank's rows of one step after the other, while it has any."""
+        schedule = self._schedule
+        groups = np.arange(len(schedule.groups))
         if self.shuffle:
-            generator.shuffle(share)
-        gathered: list[Piece] = []
-        missing = self.batch_size
-        for group in share:
-            rest = self._read(group, generator)
-            while len(rest):
-                taken = rest.slice(0, min(missing, len(rest)))
-                rest = rest.slice(len(taken), len(rest))
-                gathered.append(taken)
-                missing -= len(taken)
-                if missing == 0:
-                    yield gathered
-                    gathered, missing = [], self.batch_size
-        if gathered:
-            yield gathered
+            np.random.default_rng([self.seed, epoch]).shuffle(groups)
+        lanes = [
+            _Lane(
+                self._read_parts(schedule.parts_of_lane(lane, groups)),
+                rows_per_step=int(schedule.shares[lane]),
+                generator=np.random.default_rng([self.seed, epoch, lane]) if self.shuffle else None,
+            )
+            for lane in schedule.lanes_of_rank(self.rank)
+        ]
+        while taken := [part for lane in lanes if (part := lane.take(schedule.steps_per_chunk))]:
+            step_of_row = np.concatenate([steps for _, steps in taken])
+            rows = concatenate([rows for rows, _ in taken])
+            rows = rows.take(np.argsort(step_of_row, kind="stable"))
+            ends = np.cumsum(np.bincount(step_of_row)).tolist()
+            for start, stop in zip([0, *ends], ends, strict=False):
+                yield rows.slice(start, stop)
 
-    def _read(self, group: RowGroup, generator: np.random.Generator) -> Piece:
+    def _read_parts(self, parts: Sequence[Part]) -> Iterator[Piece]:
+        for part in parts:
+            yield self._read(part.group).slice(part.start, part.stop)
+
+    def _read(self, group: RowGroup) -> Piece:
         try:
-            with pq.ParquetFile(group.file) as file:
+            with pq.ParquetFile(group.file, page_checksum_verification=True) as file:
                 table = file.read_row_group(group.index, columns=self.schema.columns)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
                 f"{group.file}, row group {group.index}: cannot be read ({_first_line(error)}); "
                 "the file is damaged: write it again"
             ) from error
-        order = np.arange(group.rows)
-        if self.shuffle:
-            generator.shuffle(order)
-            table = table.take(order)
-        return convert(table, self.schema, Origin(str(group.file), group.first_row + order))
+        return convert(table, self.schema, Origin(str(group.file), group.first_row))
 
-    def _batch(self, pieces: list[Piece], global_rows: int) -> Batch:
-        size = self.batch_size
-        rows = sum(len(piece) for piece in pieces)
+    def _batch(self, piece: Piece | None, global_rows: int) -> Batch:
+        """`piece`, padded to `batch_size` rows."""
+        size, rows = self.batch_size, 0 if piece is None else len(piece)
         dense = np.zeros((size, len(self.schema.dense)), np.float32)
         labels = np.zeros(size, np.float32)
         mask = np.zeros(size, np.float32)
-        if pieces:
-            np.concatenate([piece.dense for piece in pieces], out=dense[:rows])
-            np.concatenate([piece.labels for piece in pieces], out=labels[:rows])
-        mask[:rows] = 1
+        if piece is not None:
+            dense[:rows], labels[:rows], mask[:rows] = piece.dense, piece.labels, 1
         return Batch(
             dense=torch.from_numpy(dense),
-            sparse=self._jagged(pieces),
+            sparse=self._jagged(piece.bags if piece else ()),
             labels=torch.from_numpy(labels),
             mask=torch.from_numpy(mask),
             global_rows=global_rows,
         )
 
-    def _jagged(self, pieces: list[Piece]) -> KeyedJaggedTensor:
+    def _jagged(self, bags: Sequence[Bags]) -> KeyedJaggedTensor:
         features = self.schema.features
         lengths = np.zeros((len(features), self.batch_size), np.int64)
-        ids: list[np.ndarray] = [np.zeros(0, np.int64)]
-        weights: list[np.ndarray] = [np.zeros(0, np.float32)]
-        for f in range(len(features)):
-            start = 0
-            for piece in pieces:
-                bags = piece.bags[f]
-                lengths[f, start : start + len(piece)] = np.diff(bags.offsets)
-                start += len(piece)
-                ids.append(bags.ids)
-                if bags.weights is not None:
-                    weights.append(bags.weights)
+        for row, bag in zip(lengths, bags, strict=bool(bags)):
+            row[: len(bag.offsets) - 1] = bag.offsets[1:] - bag.offsets[:-1]
+        ids = [bag.ids for bag in bags] or [np.zeros(0, np.int64)]
+        weights = None
+        if self.schema.is_weighted:
+            parts = [bag.weights for bag in bags if bag.weights is not None]
+            weights = torch.from_numpy(np.concatenate(parts or [np.zeros(0, np.float32)]))
         return KeyedJaggedTensor(
             keys=[feature.name for feature in features],
             values=torch.from_numpy(np.concatenate(ids)),
             lengths=torch.from_numpy(lengths.reshape(-1)),
-            weights=torch.from_numpy(np.concatenate(weights)) if self.schema.is_weighted else None,
+            weights=weights,
         )
 
 
@@ -191,20 +191,19 @@ def _row_groups(path: Path, schema: BatchSchema) -> list[RowGroup]:
 
 def _check_columns(path: Path, found: pa.Schema, schema: BatchSchema) -> None:
     for name in schema.columns:
-        if name not in found.names:
+        if found.names.count(name) != 1:
+            count = "two columns" if name in found.names else "no column"
             raise UserError(
-                f"{path} has no column {name}, which the config uses; "
+                f"{path} has {count} {name}, which the config uses; "
                 f"it has {', '.join(found.names[:50])}"
             )
     for name in (schema.label, *schema.dense):
         kind = found.field(name).type
-        if not (
-            pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-        ):
+        if not (_is_float_or_integer(kind) or pa.types.is_boolean(kind)):
             raise UserError(f"{path}, column {name}: a number is needed, found {kind}")
     for feature in schema.features:
         kind = found.field(feature.column).type
-        value = kind.value_type if pa.types.is_nested(kind) and kind.num_fields == 1 else kind
+        value = element_type(kind)
         text = pa.types.is_string(value) or pa.types.is_large_string(value)
         if not (pa.types.is_integer(value) or (text and feature.ids == "hash")):
             remedy = f"; set data.features.{feature.name}.ids: hash" if text else ""
@@ -212,17 +211,57 @@ def _check_columns(path: Path, found: pa.Schema, schema: BatchSchema) -> None:
                 f"{path}, column {feature.column}: feature {feature.name} needs integer ids "
                 f"or lists of them, found {kind}{remedy}"
             )
+        if feature.weights is not None:
+            kind = found.field(feature.weights).type
+            if not _is_float_or_integer(element_type(kind)):
+                raise UserError(
+                    f"{path}, column {feature.weights}: the weights of feature {feature.name} "
+                    f"must be numbers or lists of them, found {kind}"
+                )
 
 
-def _deal(groups: list[RowGroup], world_size: int) -> list[list[RowGroup]]:
-    """Largest first to the rank with the fewest rows; each rank's share in file order."""
-    shares: list[list[RowGroup]] = [[] for _ in range(world_size)]
-    rows = [0] * world_size
-    for group in sorted(groups, key=lambda g: -g.rows):
-        rank = rows.index(min(rows))
-        shares[rank].append(group)
-        rows[rank] += group.rows
-    return [sorted(share, key=lambda g: (g.file, g.index)) for share in shares]
+def _is_float_or_integer(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class _Lane:
+    """The rows of a lane, taken some steps at a time, shuffled among these steps."""
+
+    def __init__(
+        self, pieces: Iterator[Piece], rows_per_step: int, generator: np.random.Generator | None
+    ) -> None:
+        self._pieces = pieces
+        self._rows_per_step = rows_per_step
+        self._generator = generator
+        self._rest: Piece | None = None
+
+    def take(self, steps: int) -> tuple[Piece, NDArray[np.int64]] | None:
+        """The rows of the next `steps` steps, and the step of each; None where none are left."""
+        wanted = steps * self._rows_per_step
+        gathered: list[Piece] = []
+        while wanted:
+            piece = next(self._pieces, None) if self._rest is None else self._rest
+            if piece is None:
+                break
+            gathered.append(piece.slice(0, min(wanted, len(piece))))
+            wanted -= len(gathered[-1])
+            used = len(gathered[-1])
+            self._rest = piece.slice(used, len(piece)) if used < len(piece) else None
+        if not gathered:
+            return None
+        rows = concatenate(gathered)
+        step_of_row = np.arange(len(rows)) // self._rows_per_step
+        if self._generator is not None:
+            self._generator.shuffle(step_of_row)
+        return rows, step_of_row
 
 
 def _first_line(error: BaseException) -> str:

@@ -46,7 +46,7 @@ class Evaluator:
         if rows == 0:
             return Evaluation(math.nan, math.nan, math.nan, 0)
         base = positives / rows
-        if base in (0.0, 1.0):
+        if base in (0.0, 1.0) or not math.isfinite(loss):
             auc, entropy = math.nan, math.nan
         else:
             auc = float(self._auc.compute())

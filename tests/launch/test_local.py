@@ -184,7 +184,7 @@ def test_it_works_in_a_thread_and_without_a_real_stderr(
     thread.join(10)
     (error,) = outcomes
     assert isinstance(error, WorkerError)
-    assert "worker of rank 1: ended with exit code 7" in str(error)
+    assert "the worker of rank 1 ended with exit code 7" in str(error)
 
 
 def test_the_callers_signal_handlers_stay(team: Team) -> None:
@@ -219,16 +219,8 @@ with report_failures() as outcome:
 sys.exit(outcome.exit_code)
 """
     )
-    assert str(error) == "worker of rank 1: tables.C1: too many rows; lower num_embeddings"
+    assert str(error) == "tables.C1: too many rows; lower num_embeddings"
     assert error.exit_code == 2
-
-
-def test_a_lone_worker_is_not_numbered(team: Team) -> None:
-    """With one worker, the message is the error and nothing more."""
-    error = team.fail(
-        "with report_failures():\n    raise RequestError('there is no table C1')", nproc=1
-    )
-    assert str(error) == "there is no table C1"
 
 
 def test_the_cause_is_shown_and_not_its_echo(team: Team) -> None:
@@ -243,7 +235,7 @@ with report_failures() as outcome:
 sys.exit(outcome.exit_code)
 """
     )
-    assert str(error) == "worker of rank 1: the cause"
+    assert str(error) == "the cause"
 
 
 def test_an_echo_is_shown_where_there_is_nothing_better(team: Team) -> None:
@@ -257,7 +249,7 @@ with report_failures() as outcome:
 sys.exit(outcome.exit_code)
 """
     )
-    assert str(error).startswith("worker of rank 0: ") and "closed by peer" in str(error)
+    assert "rank 0" in str(error) and "closed by peer" in str(error)
 
 
 def test_a_worker_that_fails_and_then_hangs_is_not_waited_for(team: Team) -> None:
@@ -272,7 +264,7 @@ with report_failures() as outcome:
 sys.exit(outcome.exit_code)
 """
     )
-    assert str(error) == "worker of rank 1: the cause"
+    assert str(error) == "the cause"
 
 
 def test_a_killed_worker_is_named_with_its_signal(team: Team) -> None:
@@ -287,7 +279,7 @@ with report_failures() as outcome:
 sys.exit(outcome.exit_code)
 """
     )
-    assert str(error).startswith("worker of rank 1: was killed by SIGKILL")
+    assert str(error).startswith("the worker of rank 1 was killed by SIGKILL")
     assert "out of memory" in str(error)
 
 
@@ -304,7 +296,7 @@ time.sleep(60)
 """
     )
     lines = str(error).splitlines()
-    assert lines[0] == "worker of rank 1: ended with exit code 3; its log ends:"
+    assert lines[0] == "the worker of rank 1 ended with exit code 3; its log ends:"
     assert lines[-2:] == ["line 99", "terminate called: no space"]
     assert len(lines) < 20
     assert error.exit_code == 1
@@ -324,7 +316,7 @@ sys.exit(outcome.exit_code)
         )
         everything = str(error) + capfd.readouterr().err
         assert everything.count("Traceback") == 1
-        assert str(error).startswith(f"worker of rank {culprit}: ")
+        assert str(error).startswith(f"in the worker of rank {culprit}\n")
         assert "IndexError: pop from empty list" in str(error)
         assert error.exit_code == 1
 
