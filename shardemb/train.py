@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from planner import Plan, Topology
 from shardemb.config import RunConfig, load_config
@@ -117,5 +118,13 @@ def _result(plan: Plan, progress: Progress, evaluation: Evaluation | None) -> di
     }
 
 
+def _exit(code: int) -> NoReturn:
+    """End at once: gloo's threads may still be freeing tensors, and one that does so after Python
+    is gone aborts the process. It happened to one finished run in thirty."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit(main())

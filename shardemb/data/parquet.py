@@ -114,7 +114,9 @@ class ParquetReader:
         try:
             with pq.ParquetFile(group.file, page_checksum_verification=True) as file:
                 table = file.read_row_group(group.index, columns=self.schema.columns)
-        except (OSError, pa.ArrowException) as error:
+            if table.num_rows != group.rows:
+                raise pa.ArrowInvalid(f"it has {table.num_rows} rows instead of {group.rows}")
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(
                 f"{group.file}, row group {group.index}: cannot be read ({_first_line(error)}); "
                 "the file is damaged: write it again"
@@ -175,7 +177,7 @@ def _row_groups(path: Path, schema: BatchSchema) -> list[RowGroup]:
             metadata, arrow_schema = file.metadata, file.schema_arrow
     except OSError as error:
         raise UserError(f"cannot read {path}: {_first_line(error)}") from error
-    except pa.ArrowException as error:
+    except (ValueError, pa.ArrowException) as error:  # ValueError: a name that is no text
         raise UserError(
             f"{path} is not a whole Parquet file ({_first_line(error)}): write it again"
         ) from error

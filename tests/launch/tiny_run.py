@@ -54,18 +54,18 @@ def write_config(path: Path, config: Mapping[str, Any]) -> Path:
     return path
 
 
-def shardemb(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def shardemb(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own."""
-    return python("-m", "launch.cli", *arguments)
+    return python("-m", "launch.cli", *arguments, **environment)
 
 
-def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,
-        env={**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1", **environment},
     )
 
 
