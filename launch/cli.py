@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
 
 from planner import Topology, UserError
 
@@ -167,9 +166,7 @@ def train(
     from launch.local import run_workers
     from planner import RequestError
     from shardemb.config import RunConfig, load_config
-    from shardemb.data.dataset import read_info
-    from shardemb.planning import plan_run
-    from shardemb.run_directory import check_output
+    from shardemb.preflight import check_run
 
     if print_schema:
         print(json.dumps(RunConfig.model_json_schema()))
@@ -178,22 +175,27 @@ def train(
         raise RequestError("name a run config: shardemb train CONFIG [KEY=VALUE]...")
     config = load_config(config_path, overrides or ())
     nproc = config.launch.nproc_per_node
-    plan_run(config, _local_topology(nproc))  # a mistake is told before workers start
-    check_output(config.output)
-    info = read_info(config.data.dir)
+    check_run(config, _local_topology(nproc))
     stderr.print(f"starting {nproc} workers on this machine", highlight=False)
     run_workers(["-m", "shardemb.train", str(config_path), *(overrides or ())], nproc)
     result = json.loads((config.output / "result.json").read_text())
     if as_json:
         print(json.dumps(result))
-        return
+    else:
+        _print_result(result, config.data.dir, config.output)
+
+
+def _print_result(result: dict[str, Any], data: Path, output: Path) -> None:
+    from shardemb.data.dataset import read_info
+
     print(f"trained {result['steps']} steps, {result['samples_per_second']:,.0f} samples/s")
     if result["eval"]:
-        metrics, best = result["eval"], info.best_reachable if info else None
+        metrics, info = result["eval"], read_info(data)
+        best = info.best_reachable if info else None
         reachable = f" (best reachable {best.auc:.4f})" if best else ""
         auc = "undefined" if metrics["auc"] is None else f"{metrics['auc']:.4f}"
         print(f"test AUC {auc}{reachable}, log loss {metrics['logloss']:.4f}")
-    print(f"run directory: {config.output}")
+    print(f"run directory: {output}")
 
 
 def _local_topology(nproc: int) -> Topology:
@@ -205,11 +207,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        stderr.print(Panel(escape(str(error)), title="error", title_align="left", style="red"))
+        stderr.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        stderr.print("stopped")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

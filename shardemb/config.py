@@ -73,6 +73,10 @@ class DataConfig(_Section):
     def _expand(cls, features: Any) -> Any:
         return expand_keys(features) if isinstance(features, dict) else features
 
+    def splits(self) -> list[str]:
+        """`train`, and `test` where the data set has one."""
+        return ["train", "test"] if (self.dir / "test").is_dir() else ["train"]
+
 
 def _nothing_required(schema: dict[str, Any]) -> None:
     """For editors: what a key leaves out may come from the name range that it is in."""

@@ -44,7 +44,7 @@ def run(config: RunConfig) -> None:
     with process_group(config.launch.device) as device:
         topology = current_topology()
         train_data = _reader(config, "train")
-        test_data = _reader(config, "test") if _has_test(config) else None
+        test_data = _reader(config, "test") if "test" in config.data.splits() else None
         torch.manual_seed(config.seed)
         model = build_model(config)
         plan = _agree_on_plan(config, topology)
@@ -80,10 +80,6 @@ def _reader(config: RunConfig, split: str) -> ParquetReader:
         shuffle=config.data.shuffle and split == "train",
         seed=config.seed,
     )
-
-
-def _has_test(config: RunConfig) -> bool:
-    return (config.data.dir / "test").is_dir()
 
 
 def _agree_on_plan(config: RunConfig, topology: Topology) -> Plan:

@@ -209,10 +209,14 @@ def _labels(array: pa.Array, name: str, origin: Origin) -> NDArray[np.float32]:
     if wrong.any():
         index = int(np.argmax(wrong))
         raise UserError(
-            f"{origin.row(index)}: label {name} is {array[index].as_py()}, it must be from 0 to 1; "
-            "remove such rows from the data"
+            f"{origin.row(index)}: the label (column {name}) is {_shown(array[index])}, it must be "
+            "from 0 to 1; remove such rows from the data"
         )
     return labels
+
+
+def _shown(value: pa.Scalar) -> str:
+    return "null" if value.as_py() is None else str(value.as_py())
 
 
 def _dense(arrays: dict[str, pa.Array], schema: BatchSchema, origin: Origin) -> NDArray[np.float32]:

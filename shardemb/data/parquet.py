@@ -22,8 +22,8 @@ from shardemb.data.columns import (
     Piece,
     concatenate,
     convert,
-    element_type,
 )
+from shardemb.data.footers import first_line, parquet_files, read_row_groups
 from shardemb.data.order import Part, RowGroup, Schedule
 
 
@@ -57,16 +57,7 @@ class ParquetReader:
         world_size = _world_size() if world_size is None else world_size
         self.shuffle = shuffle
         self.seed = seed
-        groups = [group for file in files for group in _row_groups(file, schema)]
-        folder = files[0].parent if files else "the data"
-        if not groups:
-            raise UserError(f"{folder} has no rows")
-        if len(groups) < world_size:
-            raise UserError(
-                f"{folder} has {len(groups)} row groups with rows for {world_size} ranks: each "
-                "rank reads whole row groups. Write the data with smaller row groups "
-                f"(--row-group-rows), or use at most {len(groups)} ranks"
-            )
+        groups = read_row_groups(files, schema, world_size)
         self._schedule = Schedule(groups, batch_size, world_size)
 
     @property
@@ -118,7 +109,7 @@ class ParquetReader:
                 raise pa.ArrowInvalid(f"it has {table.num_rows} rows instead of {group.rows}")
         except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(
-                f"{group.file}, row group {group.index}: cannot be read ({_first_line(error)}); "
+                f"{group.file}, row group {group.index}: cannot be read ({first_line(error)}); "
                 "the file is damaged: write it again"
             ) from error
         return convert(table, self.schema, Origin(str(group.file), group.first_row))
@@ -155,75 +146,6 @@ class ParquetReader:
             lengths=torch.from_numpy(lengths.reshape(-1)),
             weights=weights,
         )
-
-
-def parquet_files(folder: Path) -> list[Path]:
-    """The Parquet files below `folder`, in order of name."""
-    if not folder.is_dir():
-        raise UserError(
-            f"there is no folder {folder}: data.dir must hold train/ and test/ folders of Parquet "
-            "files, as `shardemb data convert` writes them"
-        )
-    files = sorted(folder.rglob("*.parquet"))
-    if not files:
-        raise UserError(f"{folder} holds no .parquet file")
-    return files
-
-
-def _row_groups(path: Path, schema: BatchSchema) -> list[RowGroup]:
-    """The groups that have rows. UserError where the file is damaged or lacks a column."""
-    try:
-        with pq.ParquetFile(path) as file:
-            metadata, arrow_schema = file.metadata, file.schema_arrow
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {_first_line(error)}") from error
-    except (ValueError, pa.ArrowException) as error:  # ValueError: a name that is no text
-        raise UserError(
-            f"{path} is not a whole Parquet file ({_first_line(error)}): write it again"
-        ) from error
-    _check_columns(path, arrow_schema, schema)
-    groups, first_row = [], 0
-    for index in range(metadata.num_row_groups):
-        rows = metadata.row_group(index).num_rows
-        if rows:
-            groups.append(RowGroup(path, index, first_row, rows))
-        first_row += rows
-    return groups
-
-
-def _check_columns(path: Path, found: pa.Schema, schema: BatchSchema) -> None:
-    for name in schema.columns:
-        if found.names.count(name) != 1:
-            count = "two columns" if name in found.names else "no column"
-            raise UserError(
-                f"{path} has {count} {name}, which the config uses; "
-                f"it has {', '.join(found.names[:50])}"
-            )
-    for name in (schema.label, *schema.dense):
-        kind = found.field(name).type
-        if not (_is_float_or_integer(kind) or pa.types.is_boolean(kind)):
-            raise UserError(f"{path}, column {name}: a number is needed, found {kind}")
-    for feature in schema.features:
-        kind = found.field(feature.column).type
-        value = element_type(kind)
-        text = pa.types.is_string(value) or pa.types.is_large_string(value)
-        if not (pa.types.is_integer(value) or (text and feature.ids == "hash")):
-            remedy = f"; set data.features.{feature.name}.ids: hash" if text else ""
-            raise UserError(
-                f"{path}, column {feature.column}: feature {feature.name} needs integer ids "
-                f"or lists of them, found {kind}{remedy}"
-            )
-        if feature.weights is not None:
-            kind = found.field(feature.weights).type
-            if not _is_float_or_integer(element_type(kind)):
-                raise UserError(
-                    f"{path}, column {feature.weights}: the weights of feature {feature.name} "
-                    f"must be numbers or lists of them, found {kind}"
-                )
-
-
-def _is_float_or_integer(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
 def _rank() -> int:
@@ -264,7 +186,3 @@ class _Lane:
         if self._generator is not None:
             self._generator.shuffle(step_of_row)
         return rows, step_of_row
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

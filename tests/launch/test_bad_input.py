@@ -322,7 +322,7 @@ def test_a_column_that_is_not_there(bench: Bench) -> None:
     assert code == IMPOSSIBLE
 
 
-@pytest.mark.parametrize(("value", "name", "row"), [(None, "None", 7), (float("nan"), "nan", 399)])
+@pytest.mark.parametrize(("value", "name", "row"), [(None, "null", 7), (float("nan"), "nan", 399)])
 def test_a_label_that_is_none(bench: Bench, value: float | None, name: str, row: int) -> None:
     """The row is named, whichever rank reads it: 7 is rank 0's, 399 is rank 1's."""
 
@@ -333,7 +333,7 @@ def test_a_label_that_is_none(bench: Bench, value: float | None, name: str, row:
 
     rewrite(bench.train_file, spoil)
     code, shown = bench.train()
-    assert f"part-00000.parquet, row {row}: label label is {name}" in shown
+    assert f"part-00000.parquet, row {row}: the label (column label) is {name}" in shown
     assert code == IMPOSSIBLE
 
 
@@ -366,7 +366,7 @@ def test_fewer_row_groups_than_ranks(bench: Bench) -> None:
     """Both numbers are told, and both remedies."""
     pq.write_table(pq.read_table(bench.train_file), bench.train_file)
     code, shown = bench.train()
-    assert "data/train has 1 row groups with rows for 2 ranks" in shown
+    assert "data/train 1 row group for 2 ranks" in shown
     assert "--row-group-rows" in shown and "at most 1 ranks" in shown
     assert code == IMPOSSIBLE
 

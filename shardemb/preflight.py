@@ -1,0 +1,19 @@
+"""Mistakes in a run that can be told before workers start. Imports no torch."""
+
+from __future__ import annotations
+
+from planner import Topology
+from shardemb.config import RunConfig
+from shardemb.data.columns import BatchSchema
+from shardemb.data.footers import parquet_files, read_row_groups
+from shardemb.planning import plan_run
+from shardemb.run_directory import check_output
+
+
+def check_run(config: RunConfig, topology: Topology) -> None:
+    """Raise a UserError where plan, data files or run directory cannot be as `config` says."""
+    plan_run(config, topology)
+    check_output(config.output)
+    schema = BatchSchema.from_config(config)
+    for split in config.data.splits():
+        read_row_groups(parquet_files(config.data.dir / split), schema, topology.world_size)
