@@ -53,7 +53,7 @@ class FeatureConfig(_Section):
     )
     weights: str | None = Field(default=None, description="column of weights, one for each id")
     null_row: int | None = Field(
-        default=None, ge=0, description="row that stands for a null; default: a null has no id"
+        default=None, ge=0, description="row that stands for a null id; default: a null has no id"
     )
 
 

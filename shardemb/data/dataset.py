@@ -155,7 +155,9 @@ class SplitWriter:
         if self._writer is None:
             self._folder.mkdir(exist_ok=True)
             path = self._folder / f"part-{self._parts:05d}.parquet"
-            self._writer = pq.ParquetWriter(path, schema, compression=COMPRESSION)
+            self._writer = pq.ParquetWriter(
+                path, schema, compression=COMPRESSION, write_page_checksum=True
+            )
             self._parts += 1
         return self._writer
 

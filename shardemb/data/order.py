@@ -52,13 +52,14 @@ class Schedule:
         self.lanes_per_rank = self.num_lanes // world_size
         self._lane_rows = np.diff(self._cut(self.num_rows))
         self.shares = np.diff(self._cut(self.global_batch_size))  # rows a step, of each lane
-        self.steps = int(np.max(-(-self._lane_rows // self.shares), initial=0))
+        self.steps = int(np.max(-(-self._lane_rows // self.shares)))
         self.steps_per_chunk = max(1, SHUFFLE_ROWS // self.global_batch_size)
 
     def _count_lanes(self, world_size: int) -> int:
+        most = min(len(self.groups), OPEN_ROWS // max(group.rows for group in self.groups))
         lanes = LANES
-        largest = max((group.rows for group in self.groups), default=1)
-        while lanes > 1 and (lanes * largest > OPEN_ROWS or lanes > self.global_batch_size):
+        # Equal shares, and few row groups that two lanes have to decode.
+        while lanes > 1 and (lanes > most or self.global_batch_size % lanes):
             lanes //= 2
         return lanes if lanes % world_size == 0 else world_size
 

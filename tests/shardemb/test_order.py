@@ -56,7 +56,8 @@ def test_lanes_depend_on_the_data_and_global_batch_alone() -> None:
     assert Schedule(groups, 21, 3).num_lanes == 3
     huge = make_groups([OPEN_ROWS // 4] * 8)
     assert {Schedule(huge, 64 // ranks, ranks).num_lanes for ranks in (1, 2, 4)} == {4}
-    assert Schedule(groups, 5, 1).num_lanes == 4
+    assert Schedule(groups, 20, 1).num_lanes == 4  # equal shares
+    assert Schedule(make_groups([10, 10, 10]), 64, 1).num_lanes == 2
 
 
 @pytest.fixture(scope="module")

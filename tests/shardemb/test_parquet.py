@@ -66,7 +66,7 @@ def _plain_row(record: dict[str, Any], schema: BatchSchema) -> Row:
             value = schema.dense_null_value
         elif schema.dense_transform == "log":
             value = math.copysign(math.log(1 + abs(value)), value)
-        dense.append(value)
+        dense.append(float(value))
     for feature in schema.features:
         ids = record[feature.column]
         weights = record[feature.weights] if feature.weights else None
