@@ -44,6 +44,16 @@ def test_types_mixed_in_one_model(pool: WorkerPool) -> None:
     check(pool, plan, "adagrad", "adamw", weighted=False)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+@pytest.mark.parametrize("sharding_type", ["row_wise", "table_row_wise"])
+def test_a_kernel_that_holds_no_rows(pool: WorkerPool, sharding_type: str, optimizer: str) -> None:
+    """The only row-wise table has three rows: a fourth rank's kernel has nothing, and trains."""
+    rules = {"tiny": ShardingRule(sharding_type=sharding_type)}
+    default = ShardingRule(sharding_type="table_wise")
+    plan = plan_by_rule(specs(optimizer), topology_of(pool), default, rules)
+    check(pool, plan, optimizer, "sgd", weighted=False)
+
+
 @pytest.mark.parametrize("sharding_type", ["column_wise", "table_column_wise"])
 def test_column_shards_on_one_rank(pool: WorkerPool, sharding_type: str) -> None:
     """Two column shards of a table on the same rank train as the reference does."""

@@ -367,7 +367,7 @@ def test_fewer_row_groups_than_ranks(bench: Bench) -> None:
     pq.write_table(pq.read_table(bench.train_file), bench.train_file)
     code, shown = bench.train()
     assert "data/train: 1 row group for 2 ranks" in shown
-    assert "--row-group-rows" in shown and "at most 1 ranks" in shown
+    assert "--row-group-rows" in shown and "at most 1 rank" in shown
     assert code == IMPOSSIBLE
 
 
