@@ -135,16 +135,26 @@ def _show_data_set(folder: Path, info: Any, as_json: bool) -> None:
 def plan(
     config_path: ConfigPath,
     overrides: Overrides = None,
+    cost: Annotated[
+        str | None, typer.Option(help="predict costs; torchrec: TorchRec's own estimate")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="write plan.json here")] = None,
     as_json: Json = False,
 ) -> None:
     """Show where each table of CONFIG would be, for launch.nproc_per_node workers."""
     from launch.plan_table import print_plan
+    from planner import RequestError
+    from planner.cost.predict import predict
+    from planner.cost.torchrec_estimate import TorchRecEstimate
     from shardemb.config import load_config
     from shardemb.planning import plan_run
 
     config = load_config(config_path, overrides or ())
     made = plan_run(config, _local_topology(config.launch.nproc_per_node))
+    if cost is not None:
+        if cost != "torchrec":
+            raise RequestError(f"--cost {cost!r}: choose torchrec")
+        made = predict(made, config.table_specs(), TorchRecEstimate(config.train.batch_size))
     if out:
         made.save(out)
     if as_json:

@@ -16,10 +16,13 @@ def print_plan(plan: Plan) -> None:
         size = (f"{table.num_embeddings:,}", str(table.embedding_dim))
         tables.add_row(name, *size, table.sharding_type, table.compute_kernel, _shards(table))
     console.print(tables)
-    devices = Table("rank", "memory")
+    devices = Table("rank", "memory", *(["forward + backward"] if plan.predicted.step_ms else []))
     for device in plan.devices:
-        devices.add_row(str(device.rank), f"{device.memory_bytes / 2**20:,.1f} MiB")
+        cost = [] if device.total_ms is None else [f"{device.total_ms:.3f} ms"]
+        devices.add_row(str(device.rank), f"{device.memory_bytes / 2**20:,.1f} MiB", *cost)
     console.print(devices)
+    if plan.predicted.step_ms:
+        console.print(f"predicted step: {plan.predicted.step_ms:.3f} ms in embedding tables")
     console.print(f"fingerprint {plan.fingerprint}")
 
 

@@ -24,3 +24,8 @@ class TableSpec(BaseModel):
     pooling_factor: float = Field(default=1.0, ge=0, description="mean ids per feature and row")
     dtype: DataType = "fp32"
     optimizer: TableOptimizerName = "rowwise_adagrad"
+
+    @property
+    def num_features(self) -> int:
+        """Features that look it up; a table that names none has one."""
+        return max(len(self.feature_names), 1)

@@ -12,16 +12,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_python_example(tmp_path: Path) -> None:
-    """Under 30 lines of code; started as its first line says, it trains and prints its metrics."""
+    """Started as its first line says, it trains and prints its metrics."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert code is not None
-    assert len([line for line in code[1].splitlines() if line.strip()]) < 35
+    assert len([line for line in code[1].splitlines() if line.strip()]) < 30
     (tmp_path / "clicks.py").write_text(code[1])
     config = ROOT / "configs" / "demo.yaml"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for arguments in (
-        ["-m", "launch.cli", "data", "synth", str(config), "--train-rows", "20000",
-         "--test-rows", "2000"],
+        ["-m", "launch.cli", "data", "synth", str(config), "--train-rows", "40000",
+         "--test-rows", "4000"],
         ["-m", "torch.distributed.run", "--nproc_per_node", "2", "clicks.py"],
     ):  # fmt: skip
         done = subprocess.run(
@@ -35,4 +35,4 @@ def test_python_example(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     auc = re.search(r"Evaluation\(auc=(0\.\d+)", done.stdout)
     assert auc is not None
-    assert 0.5 < float(auc[1]) < 0.9
+    assert 0.65 < float(auc[1]) < 0.9

@@ -1,0 +1,1 @@
+"""What shards cost: cost models, and the plan with their predictions filled in."""
