@@ -94,15 +94,19 @@ def synth(
     as_json: Json = False,
 ) -> None:
     """Draw the data set that CONFIG reads from a known model, into its data.dir."""
+    from planner import RequestError
     from shardemb.config import load_config
     from shardemb.data.columns import BatchSchema
     from shardemb.data.synthetic import SyntheticFeature, synthesize
 
     config = load_config(config_path, overrides or ())
+    weighted = [name for name, f in config.data.features.items() if f.weights]
+    if weighted:
+        raise RequestError(f"data.features.{weighted[0]}.weights: weights are not drawn; leave out")
     pooling = {f: t.pooling_factor for t in config.table_specs() for f in t.feature_names}
     features = [
         SyntheticFeature(f.column, f.num_embeddings, pooling[f.name])
-        for f in BatchSchema.from_config(config).features
+        for f in {f.column: f for f in BatchSchema.from_config(config).features}.values()
     ]
     with stderr.status("drawing rows") as status:
         info = synthesize(
@@ -177,6 +181,7 @@ def train(
     from planner import RequestError
     from shardemb.config import RunConfig, load_config
     from shardemb.preflight import check_run
+    from shardemb.run_directory import summarize
 
     if print_schema:
         print(json.dumps(RunConfig.model_json_schema()))
@@ -189,23 +194,7 @@ def train(
     stderr.print(f"starting {nproc} workers on this machine", highlight=False)
     run_workers(["-m", "shardemb.train", str(config_path), *(overrides or ())], nproc)
     result = json.loads((config.output / "result.json").read_text())
-    if as_json:
-        print(json.dumps(result))
-    else:
-        _print_result(result, config.data.dir, config.output)
-
-
-def _print_result(result: dict[str, Any], data: Path, output: Path) -> None:
-    from shardemb.data.dataset import read_info
-
-    print(f"trained {result['steps']} steps, {result['samples_per_second']:,.0f} samples/s")
-    if result["eval"]:
-        metrics, info = result["eval"], read_info(data)
-        best = info.best_reachable if info else None
-        reachable = f" (best reachable {best.auc:.4f})" if best else ""
-        auc = "undefined" if metrics["auc"] is None else f"{metrics['auc']:.4f}"
-        print(f"test AUC {auc}{reachable}, log loss {metrics['logloss']:.4f}")
-    print(f"run directory: {output}")
+    print(json.dumps(result) if as_json else summarize(config, result))
 
 
 def _local_topology(nproc: int) -> Topology:

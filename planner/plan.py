@@ -109,7 +109,7 @@ class Plan(_Record):
 
     def save(self, path: Path) -> None:
         """Write `path` whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
+        partial = path.parent / f"{path.name}.partial"
         try:
             partial.write_text(self.to_json())
             os.replace(partial, path)

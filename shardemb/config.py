@@ -175,7 +175,7 @@ class LaunchConfig(_Section):
 class RunConfig(_Section):
     """Everything about a run. `shardemb train --print-schema` prints its JSON Schema."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     output: Path = Field(default=Path("runs/latest"), description="the run directory")
     data: DataConfig
     tables: dict[str, TableConfig] = Field(min_length=1)

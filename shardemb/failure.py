@@ -19,7 +19,10 @@ from planner import UserError
 FAILURE_FILE = "SHARDEMB_FAILURE_FILE"
 
 # What gloo and nccl say on the ranks that did not fail themselves.
-_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+_PEER_LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    *("ncclRemoteError", "NCCL communicator was aborted"),
+)
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -61,6 +64,11 @@ def report_failures() -> Iterator[Outcome]:
         _report(1, f"in the worker of rank {_rank()}\n{traceback.format_exc()}", is_echo)
 
 
+def has_launcher() -> bool:
+    """Whether `shardemb` started this worker, and tells the user how it ended."""
+    return FAILURE_FILE in os.environ
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
@@ -72,5 +80,5 @@ def _report(exit_code: int, message: str, is_echo: bool = False) -> None:
         partial = Path(target + ".partial")
         partial.write_text(json.dumps(vars(failure)))
         partial.rename(target)
-    elif not is_echo:
+    else:
         print(f"error (rank {_rank()}): {message}", file=sys.stderr)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from planner import Topology
 from shardemb.config import RunConfig
 from shardemb.data.columns import BatchSchema
+from shardemb.data.dataset import read_info
 from shardemb.data.footers import parquet_files, read_row_groups
 from shardemb.planning import plan_run
 from shardemb.run_directory import check_output
+from shardemb.sharding.limits import refuse_unsupported
 
 
 def check_run(config: RunConfig, topology: Topology) -> None:
     """Raise a UserError where plan, data files or run directory cannot be as `config` says."""
-    plan_run(config, topology)
+    known_device = None if config.launch.device == "auto" else config.launch.device
+    refuse_unsupported(plan_run(config, topology), config.table_specs(), known_device)
     check_output(config.output)
+    read_info(config.data.dir)
     schema = BatchSchema.from_config(config)
     for split in config.data.splits():
         read_row_groups(parquet_files(config.data.dir / split), schema, topology.world_size)

@@ -11,6 +11,7 @@ import warnings
 def silence_libraries() -> None:
     """Call before torch is imported; our own warnings and all errors stay."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     for library in (
         "torch",
         "torchrec",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -12,6 +13,9 @@ from typing import Any
 
 from planner import Plan, RequestError, UserError
 from shardemb.config import RunConfig
+from shardemb.data.dataset import read_info
+
+LOCK = ".lock"
 
 
 class RunDirectory:
@@ -30,8 +34,11 @@ class RunDirectory:
         """The directory with config.yaml and plan.json in it, or all as it was before."""
         kept = None
         try:
+            check_output(self.path)
             kept = _set_aside(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK).open("w")  # held as long as this process lives
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             (self.path / "config.yaml").write_text(self._config.to_yaml())
             (self.path / "plan.json").write_text(self._plan.to_json())
         except OSError as error:
@@ -41,11 +48,11 @@ class RunDirectory:
             raise UserError(_cannot_write(self.path, error)) from error
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """result.json, whole or not at all; a metric that is undefined is null in it."""
+        """result.json, whole or not at all."""
         target = self.path / "result.json"
         partial = target.with_name("result.json.partial")
         try:
-            partial.write_text(json.dumps(without_nan(result), indent=2) + "\n")
+            partial.write_text(json.dumps(result, indent=2) + "\n")
             os.replace(partial, target)
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -53,10 +60,10 @@ class RunDirectory:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no NaN: None stands for it."""
+    """JSON has no NaN and no infinity: None stands for them."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_output(path: Path) -> None:
@@ -67,6 +74,11 @@ def check_output(path: Path) -> None:
                 f"output: {path} is not empty and not a run directory; choose another with "
                 "output=DIR"
             )
+        if _is_in_use(path):
+            raise UserError(
+                f"output: another run is writing {path}; wait for it, or choose another directory "
+                "with output=DIR"
+            )
         nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
         if not nearest.is_dir():
             raise RequestError(f"output: {nearest} is a file; choose another with output=DIR")
@@ -74,6 +86,17 @@ def check_output(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(_cannot_write(path, error)) from error
+
+
+def _is_in_use(path: Path) -> bool:
+    try:
+        with (path / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _set_aside(path: Path) -> Path | None:
@@ -91,3 +114,19 @@ def _cannot_write(path: Path, error: OSError) -> str:
         f"output: cannot write the run directory {path} ({error.strerror}); make room there, or "
         "choose another with output=DIR"
     )
+
+
+def summarize(config: RunConfig, result: dict[str, Any]) -> str:
+    """What a user wants to know at the end of a run, next to what he could have reached."""
+    lines = [f"trained {result['steps']} steps, {result['samples_per_second']:,.0f} samples/s"]
+    if result["eval"]:
+        info = read_info(config.data.dir)
+        best = info.best_reachable if info else None
+        reachable = f" (best reachable {best.auc:.4f})" if best else ""
+        auc, logloss = (_shown(result["eval"][name]) for name in ("auc", "logloss"))
+        lines.append(f"test AUC {auc}{reachable}, log loss {logloss}")
+    return "\n".join([*lines, f"run directory: {config.output}"])
+
+
+def _shown(metric: float | None) -> str:
+    return "undefined" if metric is None else f"{metric:.4f}"

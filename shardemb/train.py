@@ -9,12 +9,12 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from planner import Plan, Topology
+from planner import Plan, RequestError, Topology
 from shardemb.config import RunConfig, load_config
-from shardemb.failure import report_failures
+from shardemb.failure import has_launcher, report_failures
 from shardemb.planning import plan_run
 from shardemb.quiet import silence_libraries
-from shardemb.run_directory import RunDirectory
+from shardemb.run_directory import RunDirectory, summarize, without_nan
 
 if TYPE_CHECKING:
     from shardemb.data.parquet import ParquetReader
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    config_path, *overrides = sys.argv[1:] if arguments is None else arguments
     with report_failures() as outcome:
+        config_path, *overrides = (sys.argv[1:] if arguments is None else arguments) or [""]
+        if not config_path or config_path.startswith("-"):
+            raise RequestError("usage: python -m shardemb.train CONFIG [KEY=VALUE]...")
         silence_libraries()
         run(load_config(config_path, overrides))
     return outcome.exit_code
@@ -49,6 +51,8 @@ def run(config: RunConfig) -> None:
         model = build_model(config)
         plan = _agree_on_plan(config, topology)
         directory = RunDirectory(config, plan) if dist.get_rank() == 0 else None
+        if directory:
+            print(f"training on {topology.world_size} x {device.type}", file=sys.stderr)
         sharded = shard_model(
             model, plan, config.train.table_optimizer, device=device, seed=config.seed
         )
@@ -62,11 +66,16 @@ def run(config: RunConfig) -> None:
                 report_every=config.train.log_every,
                 report=log.report if log else None,
             )
+            if log and test_data:
+                log.evaluating()
             evaluation = trainer.evaluate(test_data.epoch()) if test_data else None
             if log and evaluation:
                 log.evaluated(evaluation, progress.step)
         if directory:
-            directory.write_result(_result(plan, progress, evaluation))
+            result = without_nan(_result(plan, progress, evaluation))
+            directory.write_result(result)
+            if not has_launcher():
+                print(summarize(config, result))
 
 
 def _reader(config: RunConfig, split: str) -> ParquetReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -72,20 +73,32 @@ class Trainer:
         report_every: int = 20,
         report: Callable[[Progress], None] | None = None,
     ) -> Progress:
-        """Train for `epochs`, or `max_steps`; `report` is called every so many steps and last."""
-        steps = min(epochs * reader.steps_per_epoch, max_steps or 1 << 62)
+        """Train for `epochs`, or `max_steps` if that is less; at least one step.
+
+        `report` is called after the first step, every so many and the last. UserError when the
+        loss is no finite number any more.
+        """
+        steps = epochs * reader.steps_per_epoch
+        steps = steps if max_steps is None else min(steps, max_steps)
+        if steps < 1:
+            raise ValueError(f"{epochs} epochs and max_steps {max_steps} leave no step to train")
         batches = (batch for epoch in range(epochs) for batch in reader.epoch(epoch))
         self.model.train()
         meter = _Meter(self.device)
         for step in range(1, steps + 1):
             batch = meter.wait_for(batches)
             meter.add(self.train_step(batch), batch.global_rows)
-            if step == WARMUP_STEPS:
-                meter.start_steady_state()
-            if step % report_every == 0 or step == steps:
+            if step % report_every == 0 or step in (1, steps):
                 progress = meter.progress(step)
+                if not math.isfinite(progress.train_loss):
+                    raise UserError(
+                        f"the training loss is {progress.train_loss} at step {step}: lower the "
+                        "learning rates (train.table_optimizer.lr, train.dense_optimizer.lr)"
+                    )
                 if report:
                     report(progress)
+            if step == WARMUP_STEPS:
+                meter.start_steady_state()
         return progress
 
     @torch.no_grad()

@@ -71,11 +71,6 @@ def read_info(folder: Path) -> DatasetInfo | None:
         ) from error
 
 
-def split_files(folder: Path, split: str) -> list[Path]:
-    """The Parquet parts of one split, in the order of their rows."""
-    return sorted((folder / split).glob("*.parquet"))
-
-
 def default_row_group_rows(rows: int | None) -> int:
     """Rows in a row group of a split of `rows` rows (None: not known beforehand)."""
     if rows is None:

@@ -2,7 +2,8 @@
 
 The rows of an epoch are cut into lanes of equal length, and a step takes its share from each.
 A rank reads some of the lanes, so it decodes its own row groups only, while what a step is
-trained on depends on the data, the seed and the global batch size alone.
+trained on depends on the data, the seed and the global batch size alone, as long as the number
+of ranks divides the number of lanes.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-# Any number of ranks that divides this sees the same steps.
+# Any number of ranks that divides the lanes sees the same steps. There are fewer lanes where row
+# groups are few or huge; ranks beyond them get a lane each, and steps of their own.
 LANES = 16
-# The row groups that are open at a time have at most about so many rows, or there are fewer lanes.
+# The row groups that are open at a time have at most about so many rows.
 OPEN_ROWS = 1 << 20
 # Rows over all ranks that are shuffled together: a few thousand from each lane.
 SHUFFLE_ROWS = 1 << 16

@@ -77,6 +77,9 @@ class RunLog:
         self._bar.update(self._task, completed=progress.step, figures=figures)
         self._line(f"step {progress.step}/{self._total}  {figures}", progress.step == self._total)
 
+    def evaluating(self) -> None:
+        self._console.print("evaluating on the test split", highlight=False)
+
     def evaluated(self, evaluation: Evaluation, step: int) -> None:
         self._write({"kind": "eval", "time": time.time(), "step": step, **asdict(evaluation)})
         for name in ("auc", "logloss", "normalized_entropy"):

@@ -24,6 +24,12 @@ _DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
 
 def build_embeddings(config: RunConfig) -> EmbeddingBagCollection:
     """The config's tables, on the meta device: no memory until they are sharded."""
+    for name in config.tables:
+        if "." in name or hasattr(nn.ModuleDict(), name):
+            raise RequestError(
+                f"tables.{name}: PyTorch takes no module of this name; give the table another, "
+                f"with feature_names: [{name}]"
+            )
     return EmbeddingBagCollection(
         device="meta",
         is_weighted=BatchSchema.from_config(config).is_weighted,
@@ -53,7 +59,14 @@ def build_model(config: RunConfig) -> nn.Module:
         raise RequestError(
             f"model.args: {config.model.name}: {error}; it takes {', '.join(known) or 'none'}"
         ) from error
-    return make(embeddings, num_dense, **config.model.args)
+    if config.model.name not in BUILT_IN:
+        return make(embeddings, num_dense, **config.model.args)
+    try:
+        return make(embeddings, num_dense, **config.model.args)
+    except (TypeError, ValueError, IndexError, AssertionError) as error:
+        raise RequestError(
+            f"model.args: {config.model.name} cannot be made of {config.model.args}: {error}"
+        ) from error
 
 
 def _import(path: str) -> Callable[..., nn.Module]:

@@ -28,12 +28,20 @@ class DLRM(nn.Module):
         over_layers: Sequence[int] = (64, 32),
     ) -> None:
         super().__init__()
-        dims = sorted({table.embedding_dim for table in embeddings.embedding_bag_configs()})
+        tables = embeddings.embedding_bag_configs()
+        dims = sorted({table.embedding_dim for table in tables})
         if len(dims) > 1 or num_dense == 0:
             found = f"tables have {dims}" if num_dense else "there are no dense columns"
             raise RequestError(
                 "model.name: dlrm needs dense columns and tables of one embedding_dim, but "
                 f"{found}; use dcn_v2, which takes any"
+            )
+        names = [name for table in tables for name in table.feature_names]
+        shared = sorted({name for name in names if names.count(name) > 1})
+        if shared:
+            raise RequestError(
+                f"model.name: dlrm takes a feature from one table, but several tables use "
+                f"{', '.join(shared)}; use dcn_v2, which takes any"
             )
         self.dlrm = torchrec_dlrm.DLRM(
             embeddings,

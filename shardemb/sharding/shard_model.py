@@ -17,6 +17,7 @@ from shardemb.config import TableOptimizerConfig
 from shardemb.optim import attach_table_optimizer
 from shardemb.sharding.empty_shards import mend_empty_shards
 from shardemb.sharding.initialize import fill, from_parameter, from_seed
+from shardemb.sharding.limits import refuse_unsupported
 from shardemb.sharding.mean_pooling import divide_output, take_over_mean_pooling
 from shardemb.sharding.sharders import sharders
 from shardemb.sharding.tables import HeldTable, held_tables, tables_from_module
@@ -63,9 +64,12 @@ def shard_model(
 
     Raises PlannerError where the plan is for other tables or for another topology.
     """
+    group = _world()
     optimizer = table_optimizer or TableOptimizerConfig()
     device = device or torch.device("cpu")
-    plan.check_fits(tables_from_module(model, optimizer.name), current_topology())
+    specs = tables_from_module(model, optimizer.name)
+    plan.check_fits(specs, current_topology())
+    refuse_unsupported(plan, specs, device.type)
     _warn_of_column_momentum(plan, optimizer)
     held = list(held_tables(model))
     attach_table_optimizer(held, plan, optimizer)
@@ -76,7 +80,7 @@ def shard_model(
     }
     sharded = ShardedModel(
         model,
-        env=ShardingEnv.from_process_group(_world()),
+        env=ShardingEnv.from_process_group(group),
         device=device,
         plan=to_torchrec(plan, model, device),
         sharders=sharders(),
@@ -93,10 +97,10 @@ def shard_model(
 
 
 def _world() -> dist.ProcessGroup:
-    group = dist.group.WORLD
+    group = dist.group.WORLD if dist.is_initialized() else None
     if group is None:
         raise PlannerError(
-            "no process group: call shardemb.init_process_group() before shard_model, and start "
+            "no process group: use shard_model inside `with shardemb.process_group():`, and start "
             "the script with torchrun"
         )
     return group

@@ -34,11 +34,6 @@ def _refuse_broken(name: str, table: TablePlan, sequence: bool, device: torch.de
             f"table {name}: TorchRec cannot train a data_parallel EmbeddingCollection on CPU; "
             "shard it table_wise, row_wise or column_wise"
         )
-    if device.type == "cpu" and table.compute_kernel.startswith("fused_uvm"):
-        raise PlannerError(
-            f"table {name}: the plan's kernel {table.compute_kernel} needs a GPU; "
-            "make a plan for CPU devices"
-        )
 
 
 def _parameter_sharding(

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -314,3 +315,23 @@ def test_this_environment_is_a_matching_set() -> None:
     assert report["problems"] == []
     assert report["matching_set"]["verdict"] == "match"
     assert "gloo" in report["backends"]
+
+
+def test_the_command_survives_what_it_diagnoses(tmp_path: Path) -> None:
+    """`shardemb doctor` reports even where the command's own libraries do not import."""
+    (tmp_path / "pydantic.py").write_text("raise ImportError('broken pydantic')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "doctor", "--json"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert "Traceback" not in done.stderr
+    assert "packages" in json.loads(done.stdout)
+
+
+def test_the_console_script_is_that_command() -> None:
+    """pip's `shardemb` starts the same module."""
+    (script,) = [e for e in entry_points(group="console_scripts") if e.name == "shardemb"]
+    assert script.value == "launch.__main__:main"

@@ -13,7 +13,8 @@ import pytest
 from planner.errors import RequestError, UserError
 from shardemb.data import criteo
 from shardemb.data.criteo import COLUMNS, DENSE, SPARSE, convert_criteo
-from shardemb.data.dataset import read_info, split_files
+from shardemb.data.dataset import read_info
+from tests.shardemb.splits import split_files
 
 RAW, HASHED = "criteo/criteo_raw_8k.tsv.gz", "criteo/criteo_80k.tsv.gz"
 

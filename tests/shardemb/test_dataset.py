@@ -15,10 +15,10 @@ from shardemb.data.dataset import (
     DatasetInfo,
     new_dataset,
     read_info,
-    split_files,
     write_info,
     write_split,
 )
+from tests.shardemb.splits import split_files
 
 INFO = DatasetInfo(
     format="criteo", rows={"train": 3}, label="label", dense=["I1"], sparse=["C1", "C2"]

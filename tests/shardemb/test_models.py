@@ -142,3 +142,27 @@ def test_dlrm_says_what_it_needs() -> None:
     tables = {**config.tables, "b": config.tables["b"].model_copy(update={"embedding_dim": 4})}
     with pytest.raises(RequestError, match=r"tables have \[4, 8\]; use dcn_v2"):
         build_model(config.model_copy(update={"tables": tables}))
+
+
+def test_dlrm_takes_a_feature_from_one_table() -> None:
+    """A feature of two tables is named, with the model that takes it."""
+    config = make_config(name="dlrm")
+    tables = {**config.tables, "b": config.tables["b"].model_copy(update={"feature_names": ["a"]})}
+    with pytest.raises(RequestError, match="several tables use a; use dcn_v2"):
+        build_model(config.model_copy(update={"tables": tables}))
+
+
+@pytest.mark.parametrize("args", [{"dense_layers": 8}, {"dense_layers": ["a"]}, {"low_rank": 0}])
+def test_wrong_values_of_model_args(args: dict[str, Any]) -> None:
+    """A value that a model cannot be made of is the config's mistake, not a traceback."""
+    with pytest.raises(RequestError, match="model.args"):
+        build_model(make_config(name="dcn_v2", args=args))
+
+
+@pytest.mark.parametrize("name", ["type", "keys", "a.b"])
+def test_table_names_that_pytorch_does_not_take(name: str) -> None:
+    """The remedy keeps the feature's name."""
+    config = make_config(name="dcn_v2")
+    tables = {name: config.tables["b"]}
+    with pytest.raises(RequestError, match=r"feature_names: \["):
+        build_model(config.model_copy(update={"tables": tables}))

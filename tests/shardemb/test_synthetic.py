@@ -12,8 +12,9 @@ import pytest
 from planner.errors import RequestError
 from shardemb.data import synthetic
 from shardemb.data.click_model import BEST_AUC, CLICK_RATE, Scores
-from shardemb.data.dataset import DatasetInfo, read_info, split_files
+from shardemb.data.dataset import DatasetInfo, read_info
 from shardemb.data.synthetic import SyntheticFeature, bag_means, scramble, synthesize, zipf_ranks
+from tests.shardemb.splits import split_files
 
 FEATURES = [
     SyntheticFeature("C1", 10_000),

@@ -1,0 +1,137 @@
+"""The trainer's loop: how many steps, what it reports, when it stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec.modules.embedding_configs import DataType
+
+from planner import Plan, PlannerError, ShardingRule, UserError, plan_by_rule
+from planner.geometry import SHARDING_TYPES
+from shardemb.config import DenseOptimizerConfig, TableOptimizerConfig
+from shardemb.data.batch import Batch
+from shardemb.data.columns import BatchSchema
+from shardemb.data.parquet import ParquetReader
+from shardemb.sharding.shard_model import current_topology, shard_model
+from shardemb.sharding.tables import tables_from_module
+from shardemb.trainer import Progress, Trainer
+from tests.distributed.pool import WorkerPool
+
+ROWS, BATCH_SIZE = 700, 16
+
+
+class Clicks(torch.nn.Module):
+    def __init__(self, dtype: DataType = DataType.FP32) -> None:
+        super().__init__()
+        config = EmbeddingBagConfig(
+            name="t", num_embeddings=50, embedding_dim=4, feature_names=["t"], data_type=dtype
+        )
+        self.embeddings = EmbeddingBagCollection([config], device="meta")
+        self.over = torch.nn.Linear(4, 1)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.over(self.embeddings(batch.sparse)["t"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ids below 25 are clicked."""
+    path = tmp_path_factory.mktemp("clicks")
+    ids = np.random.default_rng(0).integers(0, 50, ROWS)
+    rows = pa.table({"label": (ids < 25).astype(np.int8), "t": ids})
+    pq.write_table(rows, path / "rows.parquet", row_group_size=20)
+    return path
+
+
+def plan_for(model: torch.nn.Module, sharding_type: str, optimizer: str) -> Plan:
+    specs = tables_from_module(model, optimizer)
+    return plan_by_rule(specs, current_topology(), ShardingRule(sharding_type=sharding_type))
+
+
+def make_trainer(
+    sharding_type: str, lr: float = 0.1, dtype: str = "FP32", optimizer: str = "adagrad"
+) -> Trainer:
+    model = Clicks(DataType[dtype])
+    tables = TableOptimizerConfig(name=optimizer, lr=lr)
+    sharded = shard_model(model, plan_for(model, sharding_type, optimizer), tables)
+    return Trainer(sharded, DenseOptimizerConfig(name="sgd", lr=lr))
+
+
+def run(folder: Path, lr: float, epochs: int, max_steps: int | None) -> list[Progress]:
+    trainer = make_trainer("row_wise", lr)
+    schema = BatchSchema.for_tables(tables_from_module(Clicks()))
+    reader = ParquetReader(folder, schema, batch_size=BATCH_SIZE, shuffle=True)
+    reports: list[Progress] = []
+    trainer.train(reader, epochs=epochs, max_steps=max_steps, report_every=5, report=reports.append)
+    return reports
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps"), [(1, None), (3, None), (2, 10), (1, 3), (2, 10_000)]
+)
+def test_steps_and_reports(
+    pool: WorkerPool, folder: Path, epochs: int, max_steps: int | None
+) -> None:
+    """Epochs, or max_steps if that is less; the first step, every fifth and the last are told,
+    the same on every rank, with a speed; the loss falls."""
+    a_epoch = -(-ROWS // (BATCH_SIZE * pool.world_size))
+    # A lane more or less of the rows may need one step more.
+    steps = min(epochs * a_epoch, max_steps or epochs * a_epoch)
+    first, *others = pool.run(run, folder, 0.1, epochs, max_steps)
+    last = first[-1].step
+    assert abs(last - steps) <= (0 if max_steps == steps else epochs)
+    assert [p.step for p in first] == sorted({1, *range(5, last + 1, 5), last})
+    if max_steps is None:
+        assert first[-1].samples == epochs * ROWS
+    assert all(p.samples_per_second > 0 for p in first)
+    if epochs == 3 and pool.world_size < 4:
+        assert first[-1].train_loss < 0.6 < first[0].train_loss
+    for other in others:
+        assert [p.train_loss for p in other] == [p.train_loss for p in first]
+
+
+def failure_of(folder: Path, lr: float) -> str:
+    with pytest.raises(UserError) as caught:
+        run(folder, lr, 1, None)
+    return str(caught.value)
+
+
+def test_a_loss_that_is_no_number_stops_all_ranks(pool: WorkerPool, folder: Path) -> None:
+    """Every rank raises the same error, which names step, loss and the keys to lower."""
+    first, *others = pool.run(failure_of, folder, 1e38)
+    assert "at step" in first
+    assert "train.table_optimizer.lr" in first
+    assert all(other == first for other in others)
+
+
+def weights_after_training(folder: Path, sharding_type: str) -> bool:
+    trainer = make_trainer(sharding_type, dtype="FP16", optimizer="rowwise_adagrad")
+    schema = BatchSchema.for_tables(tables_from_module(Clicks()))
+    trainer.train(ParquetReader(folder, schema, batch_size=BATCH_SIZE))
+    state = trainer.model.state_dict()["embeddings.embedding_bags.t.weight"]
+    return all(bool(shard.tensor.isfinite().all()) for shard in state.local_shards())
+
+
+def refusal(sharding_type: str, dtype: str, optimizer: str) -> str:
+    with pytest.raises(PlannerError) as caught:
+        make_trainer(sharding_type, dtype=dtype, optimizer=optimizer)
+    return str(caught.value)
+
+
+def test_half_precision_tables(pool: WorkerPool, folder: Path) -> None:
+    """fp16 tables train to finite values where they are sharded; what would be NaN or has no
+    kernel is refused with its table's name."""
+    for sharding_type in SHARDING_TYPES:
+        if sharding_type != "data_parallel":
+            assert all(pool.run(weights_after_training, folder, sharding_type))
+    for message in pool.run(refusal, "data_parallel", "FP16", "rowwise_adagrad"):
+        assert "table t" in message
+        assert "use fp32 or another sharding type" in message
+    for message in pool.run(refusal, "table_wise", "BF16", "sgd"):
+        assert "no bf16 kernels for CPU" in message

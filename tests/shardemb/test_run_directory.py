@@ -1,0 +1,55 @@
+"""Runs never mix: one directory each, locked while it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from planner import ShardingRule, Topology, UserError, plan_by_rule
+from shardemb.config import RunConfig
+from shardemb.run_directory import RunDirectory, summarize, without_nan
+
+
+def make_run(output: Path, seed: int = 0) -> RunDirectory:
+    config = RunConfig.model_validate(
+        {
+            "seed": seed,
+            "output": str(output),
+            "data": {"dir": "data"},
+            "tables": {"a": {"num_embeddings": 4, "embedding_dim": 4}},
+        }
+    )
+    topology = Topology(world_size=1, local_world_size=1)
+    rule = ShardingRule(sharding_type="table_wise")
+    return RunDirectory(config, plan_by_rule(config.table_specs(), topology, rule))
+
+
+def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
+    """A second run neither starts in, nor moves, a directory that a first one writes."""
+    output = tmp_path / "run"
+    waiting = make_run(output, seed=2)
+    first = make_run(output, seed=1)
+    first.create()
+    with pytest.raises(UserError, match="another run is writing"):
+        make_run(output)
+    with pytest.raises(UserError, match="another run is writing"):
+        waiting.create()
+    assert "seed: 1" in (output / "config.yaml").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    first._lock.close()
+    waiting.create()
+    assert "seed: 2" in (output / "config.yaml").read_text()
+    assert "seed: 1" in (tmp_path / "run.1" / "config.yaml").read_text()
+
+
+def test_metrics_that_are_no_numbers() -> None:
+    """NaN and infinities are null in JSON and `undefined` to read."""
+    nan, inf = float("nan"), float("inf")
+    assert without_nan({"a": nan, "b": {"c": -inf, "d": 1.5}}) == {
+        "a": None,
+        "b": {"c": None, "d": 1.5},
+    }
+    config = make_run(Path("somewhere"))._config
+    result = {"steps": 1, "samples_per_second": 2.0, "eval": {"auc": None, "logloss": None}}
+    assert "test AUC undefined, log loss undefined" in summarize(config, result)
