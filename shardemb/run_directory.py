@@ -15,8 +15,6 @@ from planner import Plan, RequestError, UserError
 from shardemb.config import RunConfig
 from shardemb.data.dataset import read_info
 
-LOCK = ".lock"
-
 
 class RunDirectory:
     """Where a run keeps what it makes; an earlier run of the same `output` stays beside it.
@@ -37,7 +35,7 @@ class RunDirectory:
             check_output(self.path)
             kept = _set_aside(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / LOCK).open("w")  # held as long as this process lives
+            self._lock = os.open(self.path, os.O_RDONLY)  # held as long as this process lives
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             (self.path / "config.yaml").write_text(self._config.to_yaml())
             (self.path / "plan.json").write_text(self._plan.to_json())
@@ -89,13 +87,15 @@ def check_output(path: Path) -> None:
 
 
 def _is_in_use(path: Path) -> bool:
-    try:
-        with (path / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.is_dir():
         return False
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    finally:
+        os.close(directory)
     return False
 
 

@@ -92,9 +92,9 @@ def test_the_run_directory_holds_what_it_promises(runs: Runs) -> None:
 
 
 def test_every_line_of_the_metrics_parses(runs: Runs) -> None:
-    """metrics.jsonl: one training line each `log_every` steps and last, then the evaluation."""
+    """metrics.jsonl: a training line for the first step, each `log_every` and the last, then the evaluation."""
     *train, evaluation = map(json.loads, (runs.directory / "metrics.jsonl").open())
-    assert [line["step"] for line in train] == [4, 8, 12, 16]
+    assert [line["step"] for line in train] == [1, 4, 8, 12, 16]
     assert all(line["kind"] == "train" for line in train)
     assert train[-1]["train_loss"] == runs.result["train_loss"]
     assert evaluation["kind"] == "eval"
@@ -136,7 +136,11 @@ def test_a_person_is_told_the_outcome_and_where_it_is(runs: Runs) -> None:
     )
     assert shown[2:] == [f"run directory: {runs.directory}"]
     noise = [line for line in runs.plain.stderr.splitlines() if not line.startswith("step ")]
-    assert [line for line in noise if line] == ["starting 2 workers on this machine"]
+    assert [line for line in noise if line] == [
+        "starting 2 workers on this machine",
+        "training on 2 x cpu",
+        "evaluating on the test split",
+    ]
 
 
 def test_a_finished_run_is_not_spoiled_by_its_libraries_teardown(runs: Runs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
         waiting.create()
     assert "seed: 1" in (output / "config.yaml").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    first._lock.close()
+    os.close(first._lock)
     waiting.create()
     assert "seed: 2" in (output / "config.yaml").read_text()
     assert "seed: 1" in (tmp_path / "run.1" / "config.yaml").read_text()
