@@ -92,7 +92,7 @@ def test_the_run_directory_holds_what_it_promises(runs: Runs) -> None:
 
 
 def test_every_line_of_the_metrics_parses(runs: Runs) -> None:
-    """metrics.jsonl: a training line for the first step, each `log_every` and the last, then the evaluation."""
+    """metrics.jsonl: the first step, each `log_every` and the last; then the evaluation."""
     *train, evaluation = map(json.loads, (runs.directory / "metrics.jsonl").open())
     assert [line["step"] for line in train] == [1, 4, 8, 12, 16]
     assert all(line["kind"] == "train" for line in train)
