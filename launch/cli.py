@@ -67,8 +67,6 @@ def convert(
 
     if source_format != "criteo":
         raise RequestError(f"there is no format {source_format!r}; choose criteo")
-    if categoricals not in ("hex", "int"):
-        raise RequestError(f"--categoricals {categoricals!r}: choose hex or int")
     with stderr.status("converting") as status:
         info = convert_criteo(
             source,

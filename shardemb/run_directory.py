@@ -30,18 +30,20 @@ class RunDirectory:
 
     def create(self) -> None:
         """The directory with config.yaml and plan.json in it, or all as it was before."""
-        kept = None
+        kept, ours = None, False
         try:
             check_output(self.path)
             kept = _set_aside(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY)  # held as long as this process lives
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
             (self.path / "config.yaml").write_text(self._config.to_yaml())
             (self.path / "plan.json").write_text(self._plan.to_json())
         except OSError as error:
-            shutil.rmtree(self.path, ignore_errors=True)
-            if kept:
+            if ours:  # never an earlier run, or one that another process has just begun
+                shutil.rmtree(self.path, ignore_errors=True)
+            if kept and not self.path.exists():
                 kept.rename(self.path)
             raise UserError(_cannot_write(self.path, error)) from error
 

@@ -220,7 +220,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
             "name another folder, or remove this one yourself"
         )
     if not overwrite:
-        choice = "overwrite it, or " if is_dataset else ""
+        choice = "replace it with --overwrite, or " if is_dataset else ""
         raise RequestError(f"{out} exists and is not empty: {choice}name another folder")
 
 

@@ -17,9 +17,9 @@ def refuse_unsupported(plan: Plan, tables: Iterable[TableSpec], device_type: str
         replicated = planned.sharding_type == "data_parallel"
         if replicated and table.dtype != "fp32" and table.optimizer != "sgd":
             raise PlannerError(
-                f"table {table.name}: a data_parallel table in {table.dtype} keeps the state of "
-                f"{table.optimizer} in {table.dtype}, where its eps is zero and rows become NaN; "
-                f"use fp32 or another sharding type"
+                f"table {table.name}: a data_parallel table in {table.dtype} would keep the state "
+                f"of {table.optimizer} in {table.dtype}, not in fp32 as sharded tables do (in fp16 "
+                "its eps is zero, and rows become NaN); use fp32 or another sharding type"
             )
         if device_type == "cpu" and table.dtype == "bf16":
             raise PlannerError(

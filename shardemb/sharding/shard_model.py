@@ -70,6 +70,7 @@ def shard_model(
     specs = tables_from_module(model, optimizer.name)
     plan.check_fits(specs, current_topology())
     refuse_unsupported(plan, specs, device.type)
+    torchrec_plan = to_torchrec(plan, model, device)  # the last check; the model changes below
     _warn_of_column_momentum(plan, optimizer)
     held = list(held_tables(model))
     attach_table_optimizer(held, plan, optimizer)
@@ -82,7 +83,7 @@ def shard_model(
         model,
         env=ShardingEnv.from_process_group(group),
         device=device,
-        plan=to_torchrec(plan, model, device),
+        plan=torchrec_plan,
         sharders=sharders(),
         init_data_parallel=False,
     )

@@ -54,3 +54,24 @@ def test_metrics_that_are_no_numbers() -> None:
     config = make_run(Path("somewhere"))._config
     result = {"steps": 1, "samples_per_second": 2.0, "eval": {"auc": None, "logloss": None}}
     assert "test AUC undefined, log loss undefined" in summarize(config, result)
+
+
+@pytest.mark.parametrize("failing", ["rename", "write_text"])
+def test_a_failure_keeps_the_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Whether moving the earlier run or writing the new one fails, the earlier is where it was."""
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "config.yaml").write_text("earlier")
+    run = make_run(output)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, failing, fail)
+        with pytest.raises(UserError, match="No space left"):
+            run.create()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (output / "config.yaml").read_text() == "earlier"
