@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from planner import Topology, UserError
+from launch.plan import SOURCES
+from planner import Topology
+from planner.cli import plan_app, run, stderr
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,15 +20,14 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make Parquet data sets.")
 app.add_typer(data_app, name="data")
-
-stderr = Console(stderr=True)
+app.add_typer(plan_app, name="plan", context_settings={"obj": SOURCES})
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a run config (YAML)")]
 OptionalConfigPath = Annotated[
     Path | None, typer.Argument(metavar="CONFIG", help="a run config (YAML)")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override config keys")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="override config keys")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 RowGroupRows = Annotated[
@@ -134,38 +132,6 @@ def _show_data_set(folder: Path, info: Any, as_json: bool) -> None:
 
 
 @app.command()
-def plan(
-    config_path: ConfigPath,
-    overrides: Overrides = None,
-    cost: Annotated[
-        str | None, typer.Option(help="predict costs; torchrec: TorchRec's own estimate")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="write plan.json here")] = None,
-    as_json: Json = False,
-) -> None:
-    """Show where each table of CONFIG would be, for launch.nproc_per_node workers."""
-    from launch.plan_table import print_plan
-    from planner import RequestError
-    from planner.cost.predict import predict
-    from planner.cost.torchrec_estimate import TorchRecEstimate
-    from shardemb.config import load_config
-    from shardemb.planning import plan_run
-
-    config = load_config(config_path, overrides or ())
-    made = plan_run(config, _local_topology(config.launch.nproc_per_node))
-    if cost is not None:
-        if cost != "torchrec":
-            raise RequestError(f"--cost {cost!r}: choose torchrec")
-        made = predict(made, config.table_specs(), TorchRecEstimate(config.train.batch_size))
-    if out:
-        made.save(out)
-    if as_json:
-        print(made.to_json(), end="")
-    else:
-        print_plan(made)
-
-
-@app.command()
 def train(
     config_path: OptionalConfigPath = None,
     overrides: Overrides = None,
@@ -200,12 +166,8 @@ def _local_topology(nproc: int) -> Topology:
 
 
 def main() -> None:
-    """The console script: a user's mistake ends in one message, never in a traceback."""
-    try:
-        app()
-    except UserError as error:
-        stderr.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(error.exit_code)
+    """The console script."""
+    run(app)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,16 @@ from functools import partial
 from pathlib import Path
 
 from planner import UserError
-from shardemb.failure import FAILURE_FILE, Failure
+from shardemb.failure import FAILURE_FILE, Failure, directory_note, working_mark
+from shardemb.run_directory import Created, close_failed
 
 POLL_SECONDS = 0.05
 # After one worker has ended: time for the others to end or report, before they are killed.
 GRACE_SECONDS = 1.0
 LOG_TAIL_LINES = 15
 _STDERR = 2  # the descriptor: sys.stderr has none in a notebook
+# Of this process, where such a signal ends it; the shell's numbers.
+_EXIT_CODES = {128 + signum: signum for signum in (signal.SIGTERM, signal.SIGHUP)}
 
 
 class WorkerError(UserError):
@@ -39,8 +42,8 @@ def run_workers(arguments: Sequence[str], nproc: int) -> None:
     """Run `python ARGUMENTS` as ranks 0 to `nproc` - 1; return when all have ended well.
 
     Rank 0 shows its progress on stderr. When a worker fails the others are ended within seconds
-    and WorkerError carries the failure that came first. Workers end with this process, whatever
-    ends it.
+    and WorkerError carries the failure that came first, which the run directory keeps. Workers end
+    with this process, whatever ends it.
     """
     with tempfile.TemporaryDirectory(prefix="shardemb-") as scratch, _signals_as_exit():
         workers: list[_Worker] = []
@@ -49,11 +52,34 @@ def run_workers(arguments: Sequence[str], nproc: int) -> None:
             for rank in range(nproc):
                 workers.append(_Worker(arguments, rank, nproc, port, Path(scratch)))
             _wait(workers)
+        except BaseException as error:
+            _end(workers)
+            _close_directory(workers, error)
+            raise
         finally:
-            for worker in workers:
-                worker.kill()
-            for worker in workers:
-                worker.process.wait()
+            _end(workers)
+
+
+def _end(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.process.wait()
+
+
+def _close_directory(workers: list[_Worker], error: BaseException) -> None:
+    for worker in workers:
+        note = directory_note(worker.failure_file)
+        if note.exists():
+            close_failed(Created(**json.loads(note.read_text())), _message(error))
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "ended by SIGINT"
+    if isinstance(error, SystemExit) and error.code in _EXIT_CODES:
+        return f"ended by {_EXIT_CODES[error.code].name}"
+    return str(error) or repr(error)
 
 
 class _Worker:
@@ -90,9 +116,13 @@ class _Worker:
         if self.failure_file.exists():
             return Failure(**json.loads(self.failure_file.read_text()))
         code = self.process.poll()
-        if code in (None, 0):
+        if code is None or (code == 0 and not self._is_early()):
             return None
-        return Failure(1, self._last_words(code or 0), time.time())
+        return Failure(1, self._last_words(code), time.time())
+
+    def _is_early(self) -> bool:
+        """Whether this worker, which has ended, did so amid its work, as os._exit does."""
+        return working_mark(self.failure_file).exists()
 
     def _last_words(self, code: int) -> str:
         if code < 0:
@@ -102,6 +132,8 @@ class _Worker:
                 reason += "; if nobody did that, this machine ran out of memory"
         else:
             reason = f"the worker of rank {self.rank} ended with exit code {code}"
+            if code == 0:
+                reason += " before the run was done: something in it called os._exit"
         tail = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return "\n".join([f"{reason}; its log ends:", *tail]) if tail else reason
 
@@ -157,7 +189,7 @@ def _signals_as_exit() -> Iterator[None]:
         raise SystemExit(128 + signum)
 
     is_main = threading.current_thread() is threading.main_thread()
-    ending = (signal.SIGTERM, signal.SIGHUP) if is_main else ()
+    ending = tuple(_EXIT_CODES.values()) if is_main else ()
     replaced = [s for s in ending if signal.getsignal(s) is signal.SIG_DFL]
     for signum in replaced:
         signal.signal(signum, stop)

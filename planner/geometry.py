@@ -44,7 +44,7 @@ def row_blocks(num_embeddings: int, parts: int) -> list[tuple[int, int]]:
 
 def column_shard_count(embedding_dim: int, at_most: int) -> int:
     """The largest number of equal column shards, whole vectors each, that is <= `at_most`."""
-    return max(k for k in _possible_counts(embedding_dim) if k <= at_most)
+    return max(k for k in column_shard_counts(embedding_dim) if k <= at_most)
 
 
 def cut(
@@ -71,7 +71,7 @@ def cut(
 
 
 def _column_blocks(table: TableSpec, column_shards: int) -> list[tuple[int, int]]:
-    possible = _possible_counts(table.embedding_dim)
+    possible = column_shard_counts(table.embedding_dim)
     if column_shards not in possible:
         raise PlannerError(
             f"table {table.name}: {table.embedding_dim} columns cannot be cut into "
@@ -82,6 +82,7 @@ def _column_blocks(table: TableSpec, column_shards: int) -> list[tuple[int, int]
     return [(i * width, width) for i in range(column_shards)]
 
 
-def _possible_counts(embedding_dim: int) -> list[int]:
+def column_shard_counts(embedding_dim: int) -> list[int]:
+    """The counts of equal column shards, whole vectors each, that a width can be cut into."""
     vectors, rest = divmod(embedding_dim, COLUMN_MULTIPLE)
     return [1] if rest else [k for k in range(1, vectors + 1) if vectors % k == 0]

@@ -12,14 +12,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from planner.constraints import TableConstraint
 from planner.errors import PlannerError, RequestError
 from planner.geometry import ShardingType
+from planner.shards import ComputeKernel
 from planner.tables import TableSpec
 from planner.topology import Topology
 
 VERSION = 1
 
-ComputeKernel = Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"]
 Objective = Literal["stages", "max_total"]
 
 
@@ -28,7 +29,10 @@ class _Record(BaseModel):
 
 
 class Shard(_Record):
-    """A rectangle of a table on one rank; `cost_ms` is None where no cost model was asked."""
+    """A rectangle of a table on one rank; `cost_ms` is None where no cost model was asked.
+
+    The bytes are those of weights, optimizer state and cache.
+    """
 
     rank: int
     row_offset: int
@@ -37,6 +41,7 @@ class Shard(_Record):
     columns: int
     cost_ms: float | None = None
     memory_bytes: int
+    host_memory_bytes: int = 0
 
 
 class TablePlan(_Record):
@@ -44,7 +49,13 @@ class TablePlan(_Record):
 
     sharding_type: ShardingType
     compute_kernel: ComputeKernel
+    cache_load_factor: float | None = Field(
+        default=None, description="share of the rows cached on the device: fused_uvm_caching"
+    )
     shards: tuple[Shard, ...] = Field(min_length=1)
+    spec: TableSpec | None = Field(default=None, description="the table that was planned for")
+    constraint: TableConstraint | None = None
+    reason: str | None = Field(default=None, description="why this option was chosen")
 
     @property
     def num_embeddings(self) -> int:
@@ -56,7 +67,10 @@ class TablePlan(_Record):
 
 
 class DevicePlan(_Record):
-    """What one rank holds and is predicted to spend in a step."""
+    """What one rank holds and is predicted to spend in a step.
+
+    Its bytes are those of its shards and, where the batch size is known, of a step's buffers.
+    """
 
     rank: int
     forward_compute_ms: float | None = None
@@ -64,6 +78,14 @@ class DevicePlan(_Record):
     backward_compute_ms: float | None = None
     backward_comm_ms: float | None = None
     total_ms: float | None = None
+    memory_bytes: int
+    memory_limit_bytes: int | None = None
+
+
+class HostPlan(_Record):
+    """Host memory that the tables of a host's devices take."""
+
+    host: int
     memory_bytes: int
     memory_limit_bytes: int | None = None
 
@@ -90,22 +112,26 @@ class Plan(_Record):
 
     version: int = VERSION
     objective: Objective | None = None
+    cost_model: str | None = None
+    batch_size: int | None = Field(default=None, description="rows a step on each rank")
     topology: Topology
     predicted: Predicted = Predicted()
     devices: tuple[DevicePlan, ...]
+    hosts: tuple[HostPlan, ...] = ()
     tables: dict[str, TablePlan]
     seconds: Seconds = Seconds()
 
     @property
     def fingerprint(self) -> str:
         """Names all that the plan decides and predicts, not the time it took to make."""
-        content = self.model_dump(mode="json", exclude={"seconds"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        content = self.model_dump_json(exclude={"seconds"})
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        document = self.model_dump(mode="json")
-        ordered = {"version": document.pop("version"), "fingerprint": self.fingerprint, **document}
-        return json.dumps(ordered, indent=1) + "\n"
+        # pydantic writes much faster than json does; the fingerprint comes second.
+        document = self.model_dump_json(indent=1)
+        first, rest = document.split("\n", 2)[1:]
+        return f'{{\n{first}\n "fingerprint": "{self.fingerprint}",\n{rest}\n'
 
     def save(self, path: Path) -> None:
         """Write `path` whole or not at all."""
@@ -151,7 +177,7 @@ class Plan(_Record):
 
     def check_fits(self, tables: Iterable[TableSpec], topology: Topology) -> None:
         """Raise PlannerError unless this plan is for these tables on this topology."""
-        if self.topology != topology:
+        if _shape(self.topology) != _shape(topology):
             raise PlannerError(
                 f"the plan is for {_describe(self.topology)}, the run has {_describe(topology)}: "
                 "make a plan for this run, or start as many workers as the plan has devices"
@@ -171,6 +197,10 @@ class Plan(_Record):
             shown = "\n".join(f"  {p}" for p in sorted(problems)[:10])
             more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
             raise PlannerError(f"the plan is for other tables:\n{shown}{more}\nMake it anew.")
+
+
+def _shape(topology: Topology) -> tuple[int, int]:
+    return topology.world_size, topology.local_world_size
 
 
 def _describe(topology: Topology) -> str:

@@ -79,6 +79,7 @@ def _shard_table(
         sharding_type=rule.sharding_type,
         compute_kernel=kernel,
         shards=tuple(shards),
+        spec=table,
     )
 
 

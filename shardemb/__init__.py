@@ -20,9 +20,13 @@ _PUBLIC = {
     "Trainer": "shardemb.trainer",
     "current_topology": "shardemb.sharding.shard_model",
     "load_config": "shardemb.config",
+    "plan_from_torchrec": "shardemb.sharding.torchrec_plan",
     "process_group": "shardemb.process_group",
     "shard_model": "shardemb.sharding.shard_model",
     "tables_from_module": "shardemb.sharding.tables",
+    "to_torchrec": "shardemb.sharding.torchrec_plan",
+    "torchrec_from_json": "shardemb.sharding.torchrec_plan",
+    "torchrec_to_json": "shardemb.sharding.torchrec_plan",
 }
 
 __all__ = sorted(_PUBLIC)

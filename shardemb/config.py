@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -15,14 +13,19 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WrapSerializer,
     field_validator,
     model_validator,
 )
 
 from planner import RequestError, ShardingRule, TableSpec
+from planner.constraints import TableConstraint
 from planner.geometry import ShardingType
-from planner.tables import DataType, TableOptimizerName
-from shardemb.yaml_config import apply_overrides, expand_keys, expand_names, read_yaml
+from planner.plan import Objective
+from planner.strict_yaml import read_yaml
+from planner.tables import DataType
+from planner.validation import explain, nearest
+from shardemb.yaml_config import apply_overrides, expand_keys, expand_names
 
 
 class _Section(BaseModel):
@@ -125,12 +128,37 @@ Rule = Annotated[
 ]
 
 
-class ShardingConfig(_Section):
-    """A sharding type for all tables, others for some, or a plan made before."""
+def _rule_or_auto(value: Any) -> Any:
+    return None if value == "auto" else _rule(value)
 
-    default: Rule = ShardingRule(sharding_type="table_wise")
+
+RuleOrAuto = Annotated[
+    ShardingRule | None,
+    BeforeValidator(
+        _rule_or_auto, json_schema_input_type=Literal["auto"] | ShardingType | _PartialRule
+    ),
+    WrapSerializer(lambda rule, to_dict: "auto" if rule is None else to_dict(rule)),
+]
+
+
+class ShardingConfig(_Section):
+    """The planner's choice or a sharding type for all tables, others for some, or a plan."""
+
+    default: RuleOrAuto = Field(
+        default=None, description="auto: the planner chooses for the tables not named below"
+    )
     tables: dict[str, Rule] = Field(default_factory=dict)
-    plan: Path | None = Field(default=None, description="a plan.json to use instead of the rules")
+    constraints: dict[str, TableConstraint] = Field(
+        default_factory=dict, description="what the planner may choose for some tables"
+    )
+    hardware: str = Field(
+        default="auto",
+        description="what the planner counts on: a known kind (cpu, A100-80GB ...), a topology "
+        "file with its hardware, or auto: the GPU that nvidia-smi lists, else cpu",
+    )
+    cost: Literal["analytic", "torchrec"] = "analytic"
+    objective: Objective = "stages"
+    plan: Path | None = Field(default=None, description="a plan.json to use instead of all this")
 
     @field_validator("tables", mode="before")
     @classmethod
@@ -139,11 +167,25 @@ class ShardingConfig(_Section):
             return tables
         return expand_keys({name: _rule(value) for name, value in tables.items()})
 
+    @field_validator("constraints", mode="before")
+    @classmethod
+    def _expand_constraints(cls, constraints: Any) -> Any:
+        return expand_keys(constraints) if isinstance(constraints, dict) else constraints
+
+    @model_validator(mode="after")
+    def _each_table_once(self) -> ShardingConfig:
+        for name in self.constraints.keys() & self.tables.keys():
+            raise ValueError(
+                f"constraints.{name}: sharding.tables.{name} fixes this table already; "
+                "remove one of them"
+            )
+        return self
+
 
 class TableOptimizerConfig(_Section):
     """The optimizer of the embedding tables, run inside backward."""
 
-    name: TableOptimizerName = "rowwise_adagrad"
+    name: Literal["sgd", "adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
     lr: float = Field(default=0.01, ge=0)
     eps: float = Field(default=1e-8, gt=0, description="adagrad and rowwise_adagrad")
 
@@ -195,12 +237,12 @@ class RunConfig(_Section):
         for name in self.data.features:
             if name not in used:
                 raise ValueError(
-                    f"data.features.{name}: no table uses this feature{_nearest(name, used)}"
+                    f"data.features.{name}: no table uses this feature{nearest(name, used)}"
                 )
         for name in self.sharding.tables:
             if name not in self.tables:
                 raise ValueError(
-                    f"sharding.tables.{name}: there is no such table{_nearest(name, self.tables)}"
+                    f"sharding.tables.{name}: there is no such table{nearest(name, self.tables)}"
                 )
         for table in self.table_specs():
             for name in table.feature_names:
@@ -225,6 +267,9 @@ class RunConfig(_Section):
                 feature_names=tuple(table.feature_names or [name]),
                 pooling_factor=table.pooling_factor,
                 dtype=table.dtype,
+                weighted=any(
+                    self.feature(feature).weights for feature in table.feature_names or [name]
+                ),
                 optimizer=self.train.table_optimizer.name,
             )
             for name, table in self.tables.items()
@@ -244,47 +289,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(document)
     except ValidationError as error:
-        lines = "\n".join(f"  {_explain(e)}" for e in error.errors())
+        lines = "\n".join(f"  {line}" for line in explain(error, RunConfig))
         raise RequestError(f"{path} is not a valid config:\n{lines}") from error
-
-
-def _explain(error: Any) -> str:
-    location = tuple(error["loc"])
-    path = ".".join(str(part) for part in location)
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        return f"{path}: unknown key{_nearest(str(location[-1]), known)}"
-    if error["type"] == "missing":
-        return f"{path}: required, but not given"
-    message = error["msg"].removeprefix("Value error, ")
-    if not path:
-        return str(message)
-    shown = repr(error["input"])
-    found = f" (found {shown if len(shown) < 80 else shown[:77] + '...'})"
-    return f"{path}: {message}{found}"
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    """The keys that the section at `location` takes."""
-    annotation: Any = RunConfig
-    for part in location:
-        while get_origin(annotation) in (Annotated, Union, types.UnionType):
-            annotation = get_args(annotation)[0]
-        if get_origin(annotation) is dict:
-            annotation = get_args(annotation)[1]
-        else:
-            annotation = annotation.model_fields[part].annotation
-    while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    return list(annotation.model_fields)
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]}?"
-    names = sorted(known)
-    return f"; known are {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
 
 
 def _each_once(names: list[str]) -> list[str]:

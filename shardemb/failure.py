@@ -1,4 +1,8 @@
-"""How a worker tells why it ends: one message for a user's mistake, a traceback for ours."""
+"""How a worker tells why it ends: one message for a user's mistake, a traceback for ours.
+
+What `shardemb`, which starts workers and shows the failure that came first, is told lies beside
+the file that it names in FAILURE_FILE.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from planner import UserError
 
-# Set by `shardemb`, which starts workers and shows the failure that came first.
 FAILURE_FILE = "SHARDEMB_FAILURE_FILE"
 
 # What gloo and nccl say on the ranks that did not fail themselves.
@@ -46,22 +50,41 @@ class Outcome:
 def report_failures() -> Iterator[Outcome]:
     """Report what the block raises to the launcher, or to stderr where there is none.
 
-    A library's error about a full disk is the user's to mend, like a UserError.
+    `sys.exit` in the block is a failure too, whatever its code: its work was not done.
     """
     outcome = Outcome()
+    mark = working_mark(_failure_file()) if has_launcher() else None
+    if mark:
+        mark.touch()
     try:
         yield outcome
-    except UserError as error:
-        outcome.exit_code = error.exit_code
-        _report(error.exit_code, str(error))
-    except Exception as error:
-        outcome.exit_code = 1
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            where = f" ({error.filename})" if error.filename else ""
-            _report(1, f"{error.strerror}{where}: make room, or choose another output=DIR")
-            return
-        is_echo = any(sign in str(error) for sign in _PEER_LOST)
-        _report(1, f"in the worker of rank {_rank()}\n{traceback.format_exc()}", is_echo)
+    except (Exception, SystemExit) as error:
+        failure = failure_of(error)
+        outcome.exit_code = failure.exit_code
+        _report(failure)
+    if mark:  # os._exit in the block does not come here: the mark stays, and tells
+        mark.unlink()
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What to report of `error`, raised on this rank.
+
+    A library's error about a full disk is the user's to mend, like a UserError.
+    """
+    if isinstance(error, UserError):
+        return Failure(error.exit_code, str(error), time.time())
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        where = f" ({error.filename})" if error.filename else ""
+        message = f"{error.strerror}{where}: make room, or choose another output=DIR"
+        return Failure(1, message, time.time())
+    reason = f"in the worker of rank {_rank()}"
+    if isinstance(error, SystemExit):
+        reason += f": sys.exit({error.code!r}) before the run was done"
+    is_echo = any(sign in str(error) for sign in _PEER_LOST)
+    if is_echo:
+        reason += ": another rank ended before this one"
+    shown = "".join(traceback.format_exception(error))
+    return Failure(1, f"{reason}\n{shown}", time.time(), is_echo)
 
 
 def has_launcher() -> bool:
@@ -69,16 +92,37 @@ def has_launcher() -> bool:
     return FAILURE_FILE in os.environ
 
 
+def working_mark(failure_file: Path) -> Path:
+    """A file that is there while the block of `report_failures` runs."""
+    return failure_file.with_suffix(".working")
+
+
+def directory_note(failure_file: Path) -> Path:
+    """A file about the run directory that the worker has created."""
+    return failure_file.with_suffix(".directory")
+
+
+def note_directory(fields: dict[str, Any]) -> None:
+    """Tell the launcher, which is to say there why the run failed, about the run directory."""
+    _write_whole(directory_note(_failure_file()), fields)
+
+
+def _failure_file() -> Path:
+    return Path(os.environ[FAILURE_FILE])
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _report(exit_code: int, message: str, is_echo: bool = False) -> None:
-    failure = Failure(exit_code, message, time.time(), is_echo)
-    target = os.environ.get(FAILURE_FILE)
-    if target:
-        partial = Path(target + ".partial")
-        partial.write_text(json.dumps(vars(failure)))
-        partial.rename(target)
+def _report(failure: Failure) -> None:
+    if has_launcher():
+        _write_whole(_failure_file(), vars(failure))
     else:
-        print(f"error (rank {_rank()}): {message}", file=sys.stderr)
+        print(f"error (rank {_rank()}): {failure.message}", file=sys.stderr)
+
+
+def _write_whole(target: Path, fields: dict[str, Any]) -> None:
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(json.dumps(fields))
+    partial.rename(target)

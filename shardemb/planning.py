@@ -2,15 +2,95 @@
 
 from __future__ import annotations
 
-from planner import Plan, Topology, plan_by_rule
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from planner import Plan, RequestError, ShardingRule, TableSpec, Topology, plan_by_rule
+from planner.constraints import TableConstraint
+from planner.cost.analytic import AnalyticCost
+from planner.cost.stages import CostModel
+from planner.cost.torchrec_estimate import TorchRecEstimate
+from planner.geometry import SHARDING_TYPES
+from planner.hardware import PRESETS, Hardware, preset
+from planner.topology import parse_topology
 from shardemb.config import RunConfig
+
+_COST_MODELS: dict[str, Callable[[int], CostModel]] = {
+    "analytic": AnalyticCost,
+    "torchrec": TorchRecEstimate,
+}
 
 
 def plan_run(config: RunConfig, topology: Topology) -> Plan:
-    """The plan that the config names, or one by its rules; checked against tables and ranks."""
-    tables = config.table_specs()
-    if config.sharding.plan is None:
-        return plan_by_rule(tables, topology, config.sharding.default, config.sharding.tables)
-    plan = Plan.load(config.sharding.plan)
-    plan.check_fits(tables, topology)
-    return plan
+    """The plan that the config names, or one by its rules, or the planner's."""
+    tables, sharding = config.table_specs(), config.sharding
+    if sharding.plan is not None:
+        plan = Plan.load(sharding.plan)
+        plan.check_fits(tables, topology)
+        return plan
+    if sharding.default is not None:
+        return plan_by_rule(tables, topology, sharding.default, sharding.tables)
+    from planner.make_plan import make_plan  # with scipy, which rules do without
+
+    if topology.hardware is None:
+        topology = topology.model_copy(update={"hardware": run_hardware(config)})
+    batch_size = config.train.batch_size
+    return make_plan(
+        tables,
+        topology,
+        _COST_MODELS[sharding.cost](batch_size),
+        batch_size,
+        objective=sharding.objective,
+        constraints=_constraints(config, tables),
+        seed=config.seed,
+    )
+
+
+def run_hardware(config: RunConfig) -> Hardware:
+    """What `sharding.hardware` names; RequestError where the GPU of this machine is unknown."""
+    named = config.sharding.hardware
+    if Path(named).suffix:
+        hardware = parse_topology(named).hardware
+        assert hardware is not None, "a topology file describes hardware"
+        return hardware
+    if named != "auto":
+        return preset(named)
+    gpu = None if config.launch.device == "cpu" else _first_gpu()
+    if gpu is None:
+        return preset("cpu")
+    known = [kind for kind in PRESETS if all(p in gpu for p in kind.upper().split("-"))]
+    if not known:
+        raise RequestError(
+            f"sharding.hardware: this machine's GPU, {gpu}, is none that the planner knows; name "
+            f"the nearest of {', '.join(PRESETS)}"
+        )
+    return preset(known[0])
+
+
+def _first_gpu() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    names = answer.stdout.split("\n") if answer.returncode == 0 else []
+    return names[0].strip().upper() or None if names else None
+
+
+def _constraints(config: RunConfig, tables: list[TableSpec]) -> dict[str, TableConstraint]:
+    """The config's, its rules as constraints, and what the kernels cannot train."""
+    constraints = dict(config.sharding.constraints)
+    constraints |= {name: _as_constraint(rule) for name, rule in config.sharding.tables.items()}
+    for table in tables:
+        # A replicated table keeps its optimizer's state in its own dtype (see sharding/limits.py).
+        if table.dtype != "fp32" and table.optimizer != "sgd" and table.name not in constraints:
+            types = tuple(t for t in SHARDING_TYPES if t != "data_parallel")
+            constraints[table.name] = TableConstraint(sharding_types=types)
+    return constraints
+
+
+def _as_constraint(rule: ShardingRule) -> TableConstraint:
+    return TableConstraint(
+        sharding_types=(rule.sharding_type,), column_shards=rule.column_shards, ranks=rule.ranks
+    )

@@ -1,4 +1,5 @@
-"""The run directory: config.yaml, plan.json, metrics.jsonl, tensorboard/, result.json."""
+"""The run directory: config.yaml, plan.json, metrics.jsonl, tensorboard/, and at the end
+result.json or, of a run that failed, failure.json."""
 
 from __future__ import annotations
 
@@ -8,25 +9,53 @@ import math
 import os
 import shutil
 import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from planner import Plan, RequestError, UserError
 from shardemb.config import RunConfig
 from shardemb.data.dataset import read_info
+from shardemb.failure import failure_of, has_launcher, note_directory
+
+
+@dataclass(frozen=True)
+class Created:
+    """A run directory that a run has created: by its inode, for its path may become another's."""
+
+    path: str
+    device: int
+    inode: int
+    earlier: str | None  # where the earlier run of this name is now
 
 
 class RunDirectory:
     """Where a run keeps what it makes; an earlier run of the same `output` stays beside it.
 
     It is created when there is something to keep, so that a run which fails at its first batch
-    leaves nothing behind.
+    leaves nothing behind. As a context manager it leaves what `close_failed` says where its block
+    fails; a launcher does so itself, because it knows of all ranks and outlives them.
     """
 
     def __init__(self, config: RunConfig, plan: Plan) -> None:
         check_output(config.output)
         self.path = config.output
         self._config, self._plan = config, plan
+        self._created: Created | None = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error and self._created and not has_launcher():
+            close_failed(self._created, failure_of(error).message)
 
     def create(self) -> None:
         """The directory with config.yaml and plan.json in it, or all as it was before."""
@@ -38,6 +67,7 @@ class RunDirectory:
             self._lock = os.open(self.path, os.O_RDONLY)  # held as long as this process lives
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = True
+            self._note_created(kept)
             (self.path / "config.yaml").write_text(self._config.to_yaml())
             (self.path / "plan.json").write_text(self._plan.to_json())
         except OSError as error:
@@ -49,14 +79,70 @@ class RunDirectory:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """result.json, whole or not at all."""
-        target = self.path / "result.json"
-        partial = target.with_name("result.json.partial")
         try:
-            partial.write_text(json.dumps(result, indent=2) + "\n")
-            os.replace(partial, target)
+            _write_whole(self.path / "result.json", result)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise UserError(_cannot_write(self.path, error)) from error
+
+    def _note_created(self, earlier: Path | None) -> None:
+        found = os.fstat(self._lock)
+        self._created = Created(
+            path=str(self.path.absolute()),
+            device=found.st_dev,
+            inode=found.st_ino,
+            earlier=str(earlier.absolute()) if earlier else None,
+        )
+        if has_launcher():
+            note_directory(asdict(self._created))
+
+
+def close_failed(created: Created, error: str) -> None:
+    """End the directory of a run that failed with the message `error`; its writer is gone.
+
+    failure.json goes beside the metrics. A run that reported no step after its first has nothing
+    to keep: its directory goes, and the earlier run gets its name back. Never raises, so that the
+    failure of the run stays the one that is shown.
+    """
+    path = Path(created.path)
+    with suppress(OSError, ValueError):  # ValueError: metrics.jsonl was changed from outside
+        found = path.stat()
+        is_ours = (found.st_dev, found.st_ino) == (created.device, created.inode)
+        if not is_ours or (path / "result.json").exists():
+            return
+        steps = _reported_steps(path / "metrics.jsonl")
+        if len(steps) > 1:
+            _partial(path / "result.json").unlink(missing_ok=True)
+            _write_whole(path / "failure.json", {"error": error, "step": steps[-1]})
+            return
+        shutil.rmtree(path)
+        if created.earlier:
+            Path(created.earlier).rename(path)
+
+
+def _reported_steps(metrics: Path) -> list[int]:
+    """The steps in metrics.jsonl, which loses a last line that was not written to its end."""
+    if not metrics.exists():
+        return []
+    text = metrics.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        os.truncate(metrics, len(whole))
+    records = map(json.loads, whole.splitlines())
+    return [record["step"] for record in records if record["kind"] == "train"]
+
+
+def _write_whole(target: Path, value: dict[str, Any]) -> None:
+    """JSON, whole or not at all."""
+    try:
+        _partial(target).write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(_partial(target), target)
+    except OSError:
+        _partial(target).unlink(missing_ok=True)
+        raise
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
 
 
 def without_nan(value: Any) -> Any:

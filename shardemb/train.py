@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shardemb.data.parquet import ParquetReader
     from shardemb.metrics.evaluation import Evaluation
     from shardemb.metrics.run_log import RunLog
-    from shardemb.trainer import Progress
+    from shardemb.trainer import Progress, Trainer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,37 +45,68 @@ def run(config: RunConfig) -> None:
 
     with process_group(config.launch.device) as device:
         topology = current_topology()
+        _tell(f"reading the footers of {config.data.dir}")
         train_data = _reader(config, "train")
         test_data = _reader(config, "test") if "test" in config.data.splits() else None
+        _tell("reading the first batches")
+        _try_first_batch(train_data, test_data)
+        _tell("building the model")
         torch.manual_seed(config.seed)
         model = build_model(config)
         plan = _agree_on_plan(config, topology)
         directory = RunDirectory(config, plan) if dist.get_rank() == 0 else None
-        if directory:
-            print(f"training on {topology.world_size} x {device.type}", file=sys.stderr)
+        _tell(f"sharding {len(plan.tables)} tables")
         sharded = shard_model(
             model, plan, config.train.table_optimizer, device=device, seed=config.seed
         )
         trainer = Trainer(sharded, config.train.dense_optimizer)
-        steps = config.train.epochs * train_data.steps_per_epoch
-        with _log(directory, min(steps, config.train.max_steps or steps)) as log:
-            progress = trainer.train(
-                train_data,
-                epochs=config.train.epochs,
-                max_steps=config.train.max_steps,
-                report_every=config.train.log_every,
-                report=log.report if log else None,
-            )
-            if log and test_data:
-                log.evaluating()
-            evaluation = trainer.evaluate(test_data.epoch()) if test_data else None
-            if log and evaluation:
-                log.evaluated(evaluation, progress.step)
-        if directory:
-            result = without_nan(_result(plan, progress, evaluation))
-            directory.write_result(result)
-            if not has_launcher():
-                print(summarize(config, result))
+        _tell(f"training on {topology.world_size} x {device.type}")
+        with directory or nullcontext():
+            progress, evaluation = _train(config, trainer, train_data, test_data, directory)
+            if directory:
+                result = without_nan(_result(plan, progress, evaluation))
+                directory.write_result(result)
+                if not has_launcher():
+                    print(summarize(config, result))
+
+
+def _tell(stage: str) -> None:
+    """One line on rank 0 for each thing that takes its time before the first step."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        print(stage, file=sys.stderr, flush=True)
+
+
+def _try_first_batch(*readers: ParquetReader | None) -> None:
+    """Have a mistake that is everywhere in the data told now: the test split is read last."""
+    for reader in readers:
+        if reader:
+            next(reader.epoch())
+
+
+def _train(
+    config: RunConfig,
+    trainer: Trainer,
+    train_data: ParquetReader,
+    test_data: ParquetReader | None,
+    directory: RunDirectory | None,
+) -> tuple[Progress, Evaluation | None]:
+    steps = config.train.epochs * train_data.steps_per_epoch
+    with _log(directory, min(steps, config.train.max_steps or steps)) as log:
+        progress = trainer.train(
+            train_data,
+            epochs=config.train.epochs,
+            max_steps=config.train.max_steps,
+            report_every=config.train.log_every,
+            report=log.report if log else None,
+        )
+        if log and test_data:
+            log.evaluating()
+        evaluation = trainer.evaluate(test_data.epoch()) if test_data else None
+        if log and evaluation:
+            log.evaluated(evaluation, progress.step)
+    return progress, evaluation
 
 
 def _reader(config: RunConfig, split: str) -> ParquetReader:

@@ -1,63 +1,17 @@
-"""YAML in, plain values out: strict about duplicates, `key.sub=value` overrides, name ranges."""
+"""What a run config adds to YAML: `key.sub=value` overrides and name ranges."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
-from yaml.constructor import ConstructorError
 
 from planner.errors import RequestError
+from planner.strict_yaml import StrictLoader
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader whose keys are text as written (`1`, `no`), each given once; 1e-3 is a number.
-
-    YAML would take the last of equal keys, read `no` as false and 1e-3 as text.
-    """
-
-
-def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    seen: dict[str, int] = {}
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            continue
-        mark, key = key_node.start_mark, key_node.value
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise ConstructorError(None, None, "a key must be plain text", mark)
-        if key in seen:
-            problem = f"{key!r} is given twice, on lines {seen[key]} and {mark.line + 1}"
-            raise ConstructorError(None, None, problem, mark)
-        seen[key] = mark.line + 1
-        key_node.tag = yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in `path`; RequestError names the file and line of what is wrong."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            document = yaml.load(file, _StrictLoader)
-    except OSError as error:
-        raise RequestError(f"cannot read the config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not a text file: {error}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise RequestError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(document, dict):
-        found = type(document).__name__
-        raise RequestError(f"{path} must hold `key: value` lines, found a {found}")
-    return document
 
 
 def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> None:
@@ -73,7 +27,7 @@ def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> None:
             )
         try:
             for name in expand_names([key]):
-                _set(document, name.split("."), yaml.load(text, _StrictLoader))
+                _set(document, name.split("."), yaml.load(text, StrictLoader))
         except yaml.YAMLError as error:
             reason = getattr(error, "problem", None) or "it has unprintable characters"
             raise RequestError(

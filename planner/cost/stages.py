@@ -1,16 +1,15 @@
-"""The stages of a step that a shard takes part in."""
+"""What cost models predict: the stages of a step."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from planner.geometry import Block, ShardingType
-from planner.tables import TableSpec
+from planner.shards import Floats, ShardColumns
 from planner.topology import Topology
 
 
 class StageCost(NamedTuple):
-    """Milliseconds that one shard adds to each stage of its device's step."""
+    """Milliseconds of each stage of a step; the order of the columns that cost models give."""
 
     forward_compute_ms: float
     forward_comm_ms: float
@@ -22,9 +21,15 @@ class StageCost(NamedTuple):
         return sum(self)
 
 
-class CostModel(Protocol):
-    """Predicts what a shard costs."""
+STAGES = StageCost._fields
 
-    def shard_cost(
-        self, table: TableSpec, sharding_type: ShardingType, block: Block, topology: Topology
-    ) -> StageCost: ...
+
+class CostModel(Protocol):
+    """Predicts what shards cost."""
+
+    @property
+    def name(self) -> str: ...
+
+    def stage_costs(self, shards: ShardColumns, topology: Topology) -> Floats:
+        """[shards, 4]: the milliseconds that each shard adds to the stages of its device."""
+        ...

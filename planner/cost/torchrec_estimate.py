@@ -1,103 +1,144 @@
 """TorchRec's own estimate of a shard's cost, so that plans are compared on equal terms.
 
-Reproduces `EmbeddingPerfEstimator` of TorchRec 1.8 (torchrec/distributed/planner/estimator) for
-pooled tables in device memory; a test holds it to the original. Its constants are TorchRec's
-guesses for a GPU of 2020, not measurements of yours.
+Reproduces `EmbeddingPerfEstimator` of TorchRec 1.8 (torchrec/distributed/planner/estimator) on
+CUDA devices; a test holds it to the original. Its factors are TorchRec's, not measurements of
+yours. Left out is what TorchRec adds for prefetching into caches (`prefetch_compute`), which it
+does only where it is given statistics of the cache. It has an estimate of sending the ids
+(`input_dist_comms`) too, but leaves it out of its totals; so do we.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from planner.cost.stages import StageCost
-from planner.geometry import Block, ShardingType
-from planner.tables import BYTES_PER_ELEMENT, TableSpec
+import numpy as np
+
+from planner.cost.stages import STAGES
+from planner.hardware import Hardware, preset
+from planner.shards import KERNEL_CODE, TYPE_CODE, Bools, Floats, Ints, ShardColumns
 from planner.topology import Topology
 
-_GIB_PER_SECOND = 1024**3 / 1000  # in bytes a millisecond
+_GB_PER_SECOND = 1e6  # in bytes a millisecond
 ID_BYTES = 8
 FULL_BLOCK_DIM = 128
 HALF_BLOCK_PENALTY, QUARTER_BLOCK_PENALTY = 1.15, 1.75
 BACKWARD_COMPUTE_FACTOR = 2.0
+WEIGHTED_BACKWARD_FACTOR = 1.1
 BATCHED_COPY_FACTOR = 2.455
 DENSE_KERNEL_EFFICIENCY = 0.5
+HOST_MEMORY_EFFICIENCY = 0.1
 DATA_PARALLEL_KERNELS_FACTOR = 9.22
 SMALLEST_LOOKUP_DIM = 32
 
 
 @dataclass(frozen=True)
 class TorchRecEstimate:
-    """`batch_size` rows a rank; bandwidths in bytes a millisecond, by default TorchRec's."""
+    """For `batch_size` rows a rank; the bandwidths are the topology's, or TorchRec's defaults."""
 
     batch_size: int
-    device_bandwidth: float = 897 * _GIB_PER_SECOND
-    intra_host_bandwidth: float = 600 * _GIB_PER_SECOND
-    inter_host_bandwidth: float = 12.5 * _GIB_PER_SECOND
+    name: str = "torchrec"
 
-    def shard_cost(
-        self, table: TableSpec, sharding_type: ShardingType, block: Block, topology: Topology
-    ) -> StageCost:
-        """The cost of the rectangle `block` of `table`."""
-        if sharding_type == "data_parallel":
-            return self._data_parallel(table, block, topology)
+    def stage_costs(self, shards: ShardColumns, topology: Topology) -> Floats:
+        """[shards, 4]: milliseconds of each stage."""
+        hardware = topology.hardware or preset("torchrec-80GB")
+        costs = np.empty((len(shards), len(STAGES)))
+        replicated = shards.sharding_type == TYPE_CODE["data_parallel"]
+        costs[~replicated] = self._sharded(shards.select(~replicated), topology, hardware)
+        costs[replicated] = self._replicated(shards.select(replicated), topology, hardware)
+        return costs
+
+    def _sharded(self, shards: ShardColumns, topology: Topology, hardware: Hardware) -> Floats:
+        ranks, hosts = topology.world_size, topology.num_hosts
         # Row shards share their table's lookups.
-        sharers = {
-            "row_wise": topology.world_size,
-            "table_row_wise": topology.local_world_size,
-            "grid_shard": topology.local_world_size,
-        }.get(sharding_type)
-        inputs, outputs = self._inputs(table), self._outputs(table)
-        ranks, size = topology.world_size, BYTES_PER_ELEMENT[table.dtype]
-        output_bytes = outputs * ranks * block.columns * size
-        lookups = inputs * ranks / (sharers or 1)
-        dim = block.columns if sharers else max(block.columns, SMALLEST_LOOKUP_DIM)
-        moved = math.ceil(lookups * ID_BYTES) + lookups * dim * size + output_bytes
-        penalty = 1.0 if sharers else _block_penalty(block.columns)
-        compute = moved * penalty / self.device_bandwidth
-        if sharers is None or sharding_type == "row_wise":
-            forward = backward = output_bytes / self._bandwidth(ranks, topology)
-        else:
-            between_hosts = outputs * topology.num_hosts * block.columns * size
-            forward = output_bytes / self.intra_host_bandwidth
-            if topology.num_hosts > 1:
-                forward += between_hosts / self.inter_host_bandwidth
-            backward = forward
-        if sharers:
-            backward += output_bytes * BATCHED_COPY_FACTOR / self.device_bandwidth
-        return StageCost(compute, forward, compute * BACKWARD_COMPUTE_FACTOR, backward)
+        sharers = _row_sharers(shards.sharding_type, topology)
+        by_row = sharers > 0
+        split = np.where(by_row, sharers, 1)
+        size, columns = shards.of_table("element_bytes"), shards.columns
+        pooled, weighted = shards.of_table("pooled"), shards.of_table("weighted")
+        lookups = self._ids(shards) * ranks / split
+        outputs = np.where(pooled, self._bags(shards), self._ids(shards) / split)
+        output_bytes = outputs * ranks * columns * size
+        ids_bytes = np.ceil(lookups * ID_BYTES) * np.where(weighted, 2, 1)
+        dim = np.where(by_row, columns, np.maximum(columns, SMALLEST_LOOKUP_DIM))
+        moved = ids_bytes + lookups * dim * size + output_bytes
+        bandwidth = _kernel_bandwidth(shards, hardware)
+        penalty = np.where(by_row, 1.0, _block_penalty(columns))
+        forward = moved * penalty / bandwidth
+        backward = forward * (
+            BACKWARD_COMPUTE_FACTOR + np.where(weighted, WEIGHTED_BACKWARD_FACTOR, 0.0)
+        )
+        intra = hardware.intra_host_bandwidth_gb_s * _GB_PER_SECOND
+        inter = hardware.inter_host_bandwidth_gb_s * _GB_PER_SECOND
+        within = by_row & (shards.sharding_type != TYPE_CODE["row_wise"])
+        one_level = output_bytes / (intra if hosts == 1 else inter)
+        # Between hosts TorchRec takes all outputs of a sequence, not this shard's part.
+        raw = np.where(pooled, outputs, self._ids(shards))
+        between = raw * hosts * columns * size / inter if hosts > 1 else 0.0
+        comm = np.where(within, output_bytes / intra + between, one_level)
+        copies = np.where(by_row, output_bytes * BATCHED_COPY_FACTOR / bandwidth, 0.0)
+        return np.stack([forward, comm, backward, comm + copies], axis=1)
 
-    def _data_parallel(self, table: TableSpec, block: Block, topology: Topology) -> StageCost:
-        size = BYTES_PER_ELEMENT[table.dtype]
-        inputs, outputs = self._inputs(table), self._outputs(table)
-        moved = math.ceil(inputs * ID_BYTES) + (inputs + outputs) * block.columns * size
-        kernel_bandwidth = self.device_bandwidth * DENSE_KERNEL_EFFICIENCY
-        compute = moved / kernel_bandwidth
-        table_bytes = block.rows * block.columns * size
+    def _replicated(self, shards: ShardColumns, topology: Topology, hardware: Hardware) -> Floats:
+        size, columns = shards.of_table("element_bytes"), shards.columns
+        weighted = shards.of_table("weighted")
+        ids = self._ids(shards)
+        bags = np.where(shards.of_table("pooled"), self._bags(shards), ids)
+        ids_bytes = np.ceil(ids * ID_BYTES) * np.where(weighted, 2, 1)
+        kernel_bandwidth = _kernel_bandwidth(shards, hardware)
+        forward = (ids_bytes + (ids + bags) * columns * size) / kernel_bandwidth
+        backward = forward * (
+            BACKWARD_COMPUTE_FACTOR + np.where(weighted, WEIGHTED_BACKWARD_FACTOR, 0.0)
+        )
+        table_bytes = shards.rows * columns * size
         hosts = min(topology.world_size / topology.local_world_size, 2)
         # One network card for each device.
-        bandwidth = self.inter_host_bandwidth * topology.local_world_size
-        all_reduce = table_bytes * (2 * hosts - 1) / hosts / bandwidth
+        inter = hardware.inter_host_bandwidth_gb_s * _GB_PER_SECOND * topology.local_world_size
+        all_reduce = table_bytes * (2 * hosts - 1) / hosts / inter
         if topology.world_size > 2 * topology.local_world_size:
-            all_reduce *= 2
+            all_reduce = all_reduce * 2
         optimizer = table_bytes * DATA_PARALLEL_KERNELS_FACTOR / kernel_bandwidth
-        return StageCost(compute, 0.0, compute * BACKWARD_COMPUTE_FACTOR, all_reduce + optimizer)
+        return np.stack([forward, np.zeros(len(ids)), backward, all_reduce + optimizer], axis=1)
 
-    def _inputs(self, table: TableSpec) -> float:
+    def _ids(self, shards: ShardColumns) -> Floats:
         """Ids a rank looks up in a step."""
-        return table.pooling_factor * self.batch_size * table.num_features
+        features = shards.of_table("num_features") * self.batch_size
+        return np.asarray(shards.of_table("pooling_factor") * features)
 
-    def _outputs(self, table: TableSpec) -> float:
+    def _bags(self, shards: ShardColumns) -> Floats:
         """Pooled embeddings a rank gets in a step."""
-        return min(1.0, table.pooling_factor) * self.batch_size * table.num_features
-
-    def _bandwidth(self, ranks: int, topology: Topology) -> float:
-        within_host = ranks <= topology.local_world_size
-        return self.intra_host_bandwidth if within_host else self.inter_host_bandwidth
+        filled = np.minimum(1.0, shards.of_table("pooling_factor"))
+        return np.asarray(filled * shards.of_table("num_features") * self.batch_size)
 
 
-def _block_penalty(dim: int) -> float:
+def _row_sharers(sharding_type: Ints, topology: Topology) -> Ints:
+    """Ranks that share the rows of the shard's columns; 0 for types that do not cut rows."""
+    sharers = np.zeros(len(sharding_type), dtype=np.int64)
+    sharers[sharding_type == TYPE_CODE["row_wise"]] = topology.world_size
+    for name in ("table_row_wise", "grid_shard"):
+        sharers[sharding_type == TYPE_CODE[name]] = topology.local_world_size
+    return sharers
+
+
+def _kernel_bandwidth(shards: ShardColumns, hardware: Hardware) -> Floats:
+    """Bytes a millisecond that each shard's kernel reaches."""
+    device = hardware.device_bandwidth_gb_s * _GB_PER_SECOND
+    host = hardware.host_link_bandwidth_gb_s * _GB_PER_SECOND
+    cached = shards.cache_load_factor * device + (1 - shards.cache_load_factor) * host
+    kernel = shards.compute_kernel
+    conditions: list[Bools] = [
+        kernel == KERNEL_CODE["dense"],
+        kernel == KERNEL_CODE["fused_uvm"],
+        kernel == KERNEL_CODE["fused_uvm_caching"],
+    ]
+    others = [
+        np.full(len(shards), device * DENSE_KERNEL_EFFICIENCY),
+        np.full(len(shards), host * HOST_MEMORY_EFFICIENCY),
+        cached * HOST_MEMORY_EFFICIENCY,
+    ]
+    return np.asarray(np.select(conditions, others, default=device))
+
+
+def _block_penalty(dim: Ints) -> Floats:
     """What a row narrower than a thread block's loads wastes."""
-    if dim >= FULL_BLOCK_DIM:
-        return 1.0
-    return HALF_BLOCK_PENALTY if dim >= FULL_BLOCK_DIM // 2 else QUARTER_BLOCK_PENALTY
+    half = np.where(dim >= FULL_BLOCK_DIM // 2, HALF_BLOCK_PENALTY, QUARTER_BLOCK_PENALTY)
+    return np.where(dim >= FULL_BLOCK_DIM, 1.0, half)

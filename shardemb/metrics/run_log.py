@@ -42,7 +42,7 @@ class RunLog:
             TimeRemainingColumn(),
             console=self._console,
         )
-        self._task = self._bar.add_task("train", total=total_steps, figures="")
+        self._task = self._bar.add_task("train", total=total_steps, figures="first step")
         self._last_line = 0.0
 
     def __enter__(self) -> RunLog:

@@ -67,7 +67,7 @@ def shard_model(
     group = _world()
     optimizer = table_optimizer or TableOptimizerConfig()
     device = device or torch.device("cpu")
-    specs = tables_from_module(model, optimizer.name)
+    specs = tables_from_module(model, optimizer=optimizer.name)
     plan.check_fits(specs, current_topology())
     refuse_unsupported(plan, specs, device.type)
     torchrec_plan = to_torchrec(plan, model, device)  # the last check; the model changes below

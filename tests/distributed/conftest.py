@@ -24,5 +24,5 @@ def pool(started_pool: list[WorkerPool]) -> WorkerPool:
     """A pool that works, started anew where a test before has broken it."""
     broken = started_pool[0]
     if not broken.is_alive:
-        started_pool[0] = WorkerPool(broken.world_size, broken.local_world_size)
+        started_pool[0] = WorkerPool(broken.world_size, broken.local_world_size, broken.device)
     return started_pool[0]

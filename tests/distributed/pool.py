@@ -1,4 +1,4 @@
-"""A pool of gloo workers, started once for each world size, that run functions side by side."""
+"""A pool of workers, started once for each world size, that run functions side by side."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
+
+DeviceType = Literal["cpu", "cuda"]
 
 
 class WorkerPool:
-    """`world_size` processes, emulating hosts of `local_world_size` each."""
+    """`world_size` processes, emulating hosts of `local_world_size` each.
 
-    def __init__(self, world_size: int, local_world_size: int | None = None) -> None:
+    They use gloo on CPU, or nccl with a CUDA device each.
+    """
+
+    def __init__(
+        self, world_size: int, local_world_size: int | None = None, device: DeviceType = "cpu"
+    ) -> None:
         self.world_size = world_size
+        self.device = device
         self.local_world_size = local_world_size or world_size
         context = multiprocessing.get_context("spawn")
         port = free_port()
@@ -32,12 +40,14 @@ class WorkerPool:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            process = context.Process(target=_serve, args=(environment, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(environment, device, theirs), daemon=True
+            )
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """`function(*args)` on every rank; the results in rank order.
 
         A rank that fails leaves the others waiting for it, so the first failure ends the pool.
@@ -77,26 +87,26 @@ class WorkerPool:
             process.kill()
 
 
-def _serve(environment: dict[str, str], pipe: Connection) -> None:
+def _serve(environment: dict[str, str], device: DeviceType, pipe: Connection) -> None:
     os.environ.update(environment)
     import logging
 
     import torch
-    import torch.distributed as dist
+
+    from shardemb.process_group import process_group
 
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    while True:
-        try:
-            function, args = pipe.recv()
-        except EOFError:
-            break
-        try:
-            pipe.send((True, function(*args)))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
+    with process_group(device):
+        while True:
+            try:
+                function, args = pipe.recv()
+            except EOFError:
+                break
+            try:
+                pipe.send((True, function(*args)))
+            except BaseException:
+                pipe.send((False, traceback.format_exc()))
 
 
 def free_port() -> int:

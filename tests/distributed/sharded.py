@@ -11,8 +11,10 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from planner import Plan
 from shardemb.config import DenseOptimizerConfig, TableOptimizerConfig
 from shardemb.data.batch import Batch
+from shardemb.process_group import pick_device
 from shardemb.sharding.shard_model import ShardedModel, shard_model
 from shardemb.trainer import Trainer
+from tests.distributed.pool import DeviceType
 from tests.distributed.reference import (
     DENSE_LR,
     EPS,
@@ -81,11 +83,12 @@ def train(
     weighted: bool,
     steps: list[Rows],
     batch_size: int,
+    device: DeviceType,
 ) -> dict[str, Any]:
     """Train on this rank's part of `steps`; what the rank then holds, for `assemble`."""
     rank = torch.distributed.get_rank()
     tables = TableOptimizerConfig(name=table_optimizer, lr=TABLE_LR, eps=EPS)
-    model = shard_model(Model(weighted), plan, tables)
+    model = shard_model(Model(weighted), plan, tables, device=pick_device(device))
     trainer = Trainer(model, DenseOptimizerConfig(name=dense_optimizer, lr=DENSE_LR))
     for rows in steps:
         mine = rows.part(rank * batch_size, (rank + 1) * batch_size)
@@ -94,7 +97,7 @@ def train(
 
 
 def holdings(model: ShardedModel, trainer: Trainer) -> dict[str, Any]:
-    """name -> list of (row offset, column offset, values) that this rank holds."""
+    """name -> list of (row offset, column offset, values) that this rank holds, on CPU."""
     held: dict[str, Any] = {}
     for name, value in model.state_dict().items():
         held[_short(name)] = _pieces(value)
@@ -115,9 +118,14 @@ def _short(name: str) -> str:
 
 def _pieces(value: Any) -> list[tuple[int, int, torch.Tensor]]:
     if not hasattr(value, "local_shards"):
-        return [(0, 0, value.clone())]
+        return [(0, 0, _on_cpu(value))]
     pieces = []
     for shard in value.local_shards():
         row, *column = shard.metadata.shard_offsets  # row-wise momentum has one dimension
-        pieces.append((row, column[0] if column else 0, shard.tensor.clone()))
+        pieces.append((row, column[0] if column else 0, _on_cpu(shard.tensor)))
     return pieces
+
+
+def _on_cpu(value: torch.Tensor) -> torch.Tensor:
+    """A copy, which training no longer changes and every process can open."""
+    return value.detach().to("cpu", copy=True)

@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_for(model: torch.nn.Module, sharding_type: str, optimizer: str) -> Plan:
-    specs = tables_from_module(model, optimizer)
+    specs = tables_from_module(model, optimizer=optimizer)
     return plan_by_rule(specs, current_topology(), ShardingRule(sharding_type=sharding_type))
 
 

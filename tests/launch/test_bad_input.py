@@ -281,14 +281,28 @@ def test_a_full_disk(bench: Bench) -> None:
         assert code == IMPOSSIBLE
 
 
-def test_a_disk_that_fills_up(bench: Bench) -> None:
-    """A library's own error about it is told as shortly as ours, and there is no result."""
-    with small_disk(bench.folder / "disk", "size=12k") as disk:
-        code, shown = bench.train("output=disk/run", keeps="disk/run")
+def test_a_disk_that_fills_up_at_once(bench: Bench) -> None:
+    """A library's own error about it is told as shortly as ours, and nothing is left."""
+    with small_disk(bench.folder / "disk", "size=16k"):
+        code, shown = bench.train("output=disk/run")
         assert "No space left on device" in shown and "output=DIR" in shown
         assert code == IMPOSSIBLE
-        assert (disk / "run" / "metrics.jsonl").exists()
-        assert not (disk / "run" / "result.json").exists()
+
+
+def test_a_disk_that_fills_up_in_time(bench: Bench) -> None:
+    """The metrics so far stay, each line whole, and there is no result."""
+    with small_disk(bench.folder / "disk", "size=24k") as disk:
+        code, shown = bench.train(
+            *("output=disk/run", "train.batch_size=4", "train.log_every=1"), keeps="disk/run"
+        )
+        assert "No space left on device" in shown
+        assert code == IMPOSSIBLE
+        lines = (disk / "run" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+        assert 1 < len(lines) < 50
+        # There may be no room for failure.json.
+        left = {path.name for path in (disk / "run").iterdir()} - {"failure.json"}
+        assert left == {"config.yaml", "plan.json", "metrics.jsonl", "tensorboard"}
 
 
 @contextmanager

@@ -302,6 +302,46 @@ time.sleep(60)
     assert error.exit_code == 1
 
 
+@pytest.mark.parametrize("everybody", [False, True], ids=["one rank", "all ranks"])
+@pytest.mark.parametrize(
+    ("leave", "message"),
+    [
+        ("os._exit(0)", "the worker of rank 0 ended with exit code 0 before the run was done"),
+        ("sys.exit(0)", "in the worker of rank 0: sys.exit(0) before the run was done\nTraceback"),
+    ],
+)
+def test_a_worker_that_leaves_amid_its_work(
+    team: Team, leave: str, message: str, everybody: bool
+) -> None:
+    """An exit code of 0 is no success while the work goes on: not to the others, who may hang or
+    notice it first, and not where all leave."""
+    for others in ("time.sleep(60)", "raise RuntimeError('Connection closed by peer')"):
+        error = team.fail(
+            f"""
+with report_failures() as outcome:
+    if rank == 0 or {everybody}:
+        time.sleep(0.3 * rank)
+        {leave}
+    {others}
+sys.exit(outcome.exit_code)
+"""
+        )
+        assert str(error).startswith(message)
+        assert error.exit_code == 1
+
+
+def test_workers_may_end_one_after_the_other(team: Team) -> None:
+    """A rank whose work is done has not left early, however long the others take."""
+    team.run(
+        """
+with report_failures() as outcome:
+    time.sleep(0.4 * rank)
+sys.exit(outcome.exit_code)
+""",
+        nproc=3,
+    )
+
+
 def test_a_bug_is_shown_with_one_traceback(team: Team, capfd: pytest.CaptureFixture[str]) -> None:
     """What is not the user's mistake keeps its traceback, once, whichever rank it comes from."""
     for culprit in (0, 1):

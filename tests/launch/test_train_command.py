@@ -128,7 +128,8 @@ def test_json_is_one_object_on_stdout(runs: Runs) -> None:
 
 
 def test_a_person_is_told_the_outcome_and_where_it_is(runs: Runs) -> None:
-    """Without --json, stdout is a short summary; no library's warning is on stderr."""
+    """Without --json, stdout is a short summary; stderr has a line for each thing that takes its
+    time, and no library's warning."""
     shown = runs.plain.stdout.splitlines()
     assert shown[0].startswith("trained 16 steps, ")
     assert re.fullmatch(
@@ -138,6 +139,10 @@ def test_a_person_is_told_the_outcome_and_where_it_is(runs: Runs) -> None:
     noise = [line for line in runs.plain.stderr.splitlines() if not line.startswith("step ")]
     assert [line for line in noise if line] == [
         "starting 2 workers on this machine",
+        f"reading the footers of {runs.config.parent / 'data'}",
+        "reading the first batches",
+        "building the model",
+        "sharding 6 tables",
         "training on 2 x cpu",
         "evaluating on the test split",
     ]

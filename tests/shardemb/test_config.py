@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from planner import RequestError
+from planner.strict_yaml import read_yaml
 from shardemb.config import RunConfig, load_config
-from shardemb.yaml_config import expand_keys, expand_names, read_yaml
+from shardemb.yaml_config import expand_keys, expand_names
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 
@@ -277,6 +278,7 @@ def test_a_missing_section_is_told(path: Path):
         ("", "must hold `key: value` lines, found a NoneType"),
         ("- a\n", "must hold `key: value` lines, found a list"),
         ("a\x00b", "special characters are not allowed"),
+        ("a: " + "[" * 100_000, "nested more than 100 deep"),
     ],
 )
 def test_yaml_that_is_refused(path: Path, text: str, message: str):

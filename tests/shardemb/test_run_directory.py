@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from planner import ShardingRule, Topology, UserError, plan_by_rule
 from shardemb.config import RunConfig
-from shardemb.run_directory import RunDirectory, summarize, without_nan
+from shardemb.run_directory import RunDirectory, close_failed, summarize, without_nan
 
 
 def make_run(output: Path, seed: int = 0) -> RunDirectory:
@@ -75,3 +77,60 @@ def test_a_failure_keeps_the_earlier_run(
             run.create()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert (output / "config.yaml").read_text() == "earlier"
+
+
+def created(output: Path, steps: int) -> RunDirectory:
+    """A run that has reported `steps` steps, and was killed while it wrote two files."""
+    run = make_run(output)
+    run.create()
+    lines = [json.dumps({"kind": "train", "step": 10 * (i + 1)}) + "\n" for i in range(steps)]
+    (output / "metrics.jsonl").write_text("".join(lines) + '{"kind": "tra')
+    (output / "result.json.partial").write_text("{")
+    return run
+
+
+def test_a_failed_run_keeps_what_it_has_told(tmp_path: Path) -> None:
+    """failure.json has the error and the last step; nothing half-written stays."""
+    output = tmp_path / "run"
+    run = created(output, steps=2)
+    close_failed(run._created, "the cause")
+    names = {path.name for path in output.iterdir()}
+    assert names == {"config.yaml", "plan.json", "metrics.jsonl", "failure.json"}
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").open()]
+    assert steps == [10, 20]
+    assert json.loads((output / "failure.json").read_text()) == {"error": "the cause", "step": 20}
+    os.close(run._lock)
+    make_run(output).create()
+    assert not (output / "failure.json").exists()
+    assert (tmp_path / "run.1" / "failure.json").exists()
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_failed_run_with_nothing_to_tell_leaves_all_as_it_was(tmp_path: Path, steps: int) -> None:
+    """Its directory goes, and the earlier run gets its name back."""
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "config.yaml").write_text("earlier")
+    run = created(output, steps)
+    close_failed(run._created, "the cause")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.name: path.read_text() for path in output.iterdir()} == {"config.yaml": "earlier"}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_only_the_failed_run_is_touched(tmp_path: Path, steps: int) -> None:
+    """A directory that has come to its place since, or a finished run, stays as it is."""
+    output = tmp_path / "run"
+    run = created(output, steps)
+    output.rename(tmp_path / "elsewhere")
+    close_failed(run._created, "the cause")  # there is nothing at its place
+    shutil.copytree(tmp_path / "elsewhere", output)
+    before = sorted(path.name for path in output.iterdir())
+    close_failed(run._created, "the cause")
+    assert sorted(path.name for path in output.iterdir()) == before
+
+    finished = created(tmp_path / "finished", steps)
+    finished.write_result({"steps": steps})
+    before = sorted(path.name for path in finished.path.iterdir())
+    close_failed(finished._created, "the cause")
+    assert sorted(path.name for path in finished.path.iterdir()) == before

@@ -1,0 +1,192 @@
+"""The search: many first plans from the relaxation under different caps, the best ones improved.
+
+Anytime and deterministic: the same seed gives the same sequence of plans; more rounds, or more
+time, only go further along it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+
+from planner.options import DEVICE, HOST
+from planner.search.construct import Recipe, construct, measure
+from planner.search.improve import exchange, rebuild, reconsider
+from planner.search.objective import Goal
+from planner.search.pack import pack
+from planner.search.placement import Placement
+from planner.search.relaxation import Fractions, Relaxation
+
+# Caps on the largest item of each group, as shares of a device's mean load: smaller items balance
+# better and cost more in sum. The first are tried first.
+CAPS: dict[int, list[tuple[float, ...]]] = {
+    1: [(c,) for c in (0.9, 0.95, 0.7, 0.85, 0.97, 0.8, 1.0, 1.05, 0.5, 1.2, np.inf)],
+    2: [*product((0.7, 0.5, 0.9, 0.35, 1.2), (0.26, 0.5, 0.7, 1.0, 1.5)), (np.inf, np.inf)],
+}
+SMALL = (0.1, 0.05, 0.02, 0.2, 0.3, 0.0)
+POWERS = (7, 6, 5)
+# Powers of the norm while a plan is improved, in turn: large plans want the slowest devices seen
+# sharply at once, small ones a smooth way there.
+SHARPENING = ((5, 6, 7, 8, 6, 7, 8), (1, 2, 3, 4, 5, 6, 8))
+EXCHANGES = 12
+REBUILDS = 15
+# Share of the memory that a first plan's fractions may fill, where none fits that fills it all.
+LEAST_MEMORY, MEMORY_STEP = 0.85, 0.025
+# Where a device's memory is used so far on average, filling devices evenly is part of the measure.
+TIGHT_MEMORY, MEMORY_WEIGHT = 0.7, 0.005
+GOOD_ENOUGH = 3e-4  # of the relaxation's bound: there is next to nothing to gain
+
+
+def search(relaxation: Relaxation, seed: int, deadline: float | None = None) -> Placement | None:
+    """The best placement found; None where there is none, or none was found.
+
+    Without a deadline (of time.monotonic) the effort depends on the size of the problem alone.
+    """
+    groups = len(relaxation.goal.groups)
+    root = relaxation.solve(np.full(groups, np.inf), np.zeros(groups))
+    if root is None:
+        return None
+    goal = relaxation.goal
+    if relaxation.memory_used(root) > TIGHT_MEMORY:
+        goal = replace(goal, memory_weight=MEMORY_WEIGHT * root.bound)
+    searching = Search(relaxation, goal, root, seed)
+    world, units = goal.problem.topology.world_size, len(goal.problem.units)
+    starts, improvements = _effort(world, world * units)
+    if deadline is None:
+        return searching.run(starts, improvements, np.inf)
+    while True:
+        searching.run(starts, improvements, deadline)
+        if time.monotonic() > deadline or searching.is_over(deadline):
+            return searching.best
+
+
+def _effort(world: int, size: int) -> tuple[int, int]:
+    """Starts, and how many of the best are improved: seconds for usual sizes."""
+    if size > 4_000_000:
+        return 2, 0 if size > 20_000_000 else 1
+    if size <= 2000:
+        return 12, 2 if size > 100 else 6
+    if world <= 16:
+        return 4, 1
+    return (8, 1) if world <= 128 else (16, 1 if world <= 256 else 2)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a first plan is made from."""
+
+    caps: tuple[float, ...]
+    recipe: Recipe
+
+
+class Search:
+    """Finds placements for one goal; `best` is the best so far."""
+
+    def __init__(self, relaxation: Relaxation, goal: Goal, root: Fractions, seed: int) -> None:
+        self.relaxation, self.goal, self.root = relaxation, goal, root
+        self.generator = np.random.default_rng(seed)
+        self.mean = relaxation.group_sums(root.maxima)
+        self.fractions: dict[tuple[float, ...], Fractions | None] = {}
+        self.found: list[tuple[float, int, Start, Placement]] = []
+        self.best: Placement | None = None
+        self.memory = 1.0
+        self.starts = 0
+        candidates = relaxation.candidates
+        unit = self.goal.options.unit[candidates]
+        starts = np.searchsorted(unit, np.arange(len(self.goal.problem.units) + 1))
+        self.options = [candidates[a:b] for a, b in pairwise(starts)]
+
+    def run(self, starts: int, improvements: int, deadline: float) -> Placement | None:
+        """The best placement after so many starts, and improvements of the best of them."""
+        for _ in range(starts):
+            if self.is_over(deadline):
+                return self.best
+            self._start(self._next_start(self.starts))
+            self.starts += 1
+        if self.best is None:
+            self._pack()
+        ranked = sorted(self.found, key=lambda entry: entry[:2])
+        for number in range(improvements if ranked else 0):
+            if self.is_over(deadline):
+                return self.best
+            placement = ranked[number // len(SHARPENING) % len(ranked)][3]
+            self._improve(placement.copy(), SHARPENING[number % len(SHARPENING)], deadline)
+        return self.best
+
+    def is_over(self, deadline: float) -> bool:
+        if self.best is None:
+            return False
+        close = self.best.objective <= self.root.bound * (1 + GOOD_ENOUGH)
+        return close or time.monotonic() > deadline
+
+    def _next_start(self, number: int) -> Start:
+        """Caps in turn, both orders of items; then like the best with something changed."""
+        caps = CAPS[len(self.goal.groups)]
+        if number < 2 * len(caps) or not self.found:
+            return Start(
+                caps[number // 2 % len(caps)], Recipe(number % 2 == 1, 0, SMALL[0], POWERS[0])
+            )
+        ranked = sorted(self.found, key=lambda entry: entry[:2])
+        like = ranked[int(self.generator.integers(min(4, len(ranked))))][2]
+        changed: dict[str, Any] = {
+            "devices_first": bool(self.generator.integers(2)),
+            "group": int(self.generator.integers(-1, len(self.goal.groups))),
+            "small": float(self.generator.choice(SMALL)),
+            "power": int(self.generator.choice(POWERS)),
+        }
+        name = str(self.generator.choice(list(changed)))
+        return replace(like, recipe=like.recipe._replace(**{name: changed[name]}))
+
+    def _start(self, start: Start) -> None:
+        if any(start == entry[2] for entry in self.found):
+            return
+        fractions = self._fractions(start.caps)
+        placement = construct(self.goal, fractions, start.recipe) if fractions else None
+        if fractions and not placement and self.memory > LEAST_MEMORY:
+            # Items of full devices are hard to place: leave some room and try again.
+            self.memory -= MEMORY_STEP
+            self.fractions.clear()
+            self._start(start)
+            return
+        if placement:
+            self.found.append((placement.objective, len(self.found), start, placement))
+            self._keep(placement)
+
+    def _fractions(self, caps: tuple[float, ...]) -> Fractions | None:
+        if caps not in self.fractions:
+            absolute = np.array(caps) * self.mean
+            self.fractions[caps] = self.relaxation.solve(absolute, np.zeros(len(caps)), self.memory)
+        return self.fractions[caps]
+
+    def _pack(self) -> None:
+        """A first plan where memory is so tight that no start fits: fill memory evenly first."""
+        scale = measure(self.goal, self.root)
+        placement = pack(self.goal, scale, POWERS[0], self.generator)
+        if placement:
+            start = Start((np.inf,) * len(self.goal.groups), Recipe(False, -1, 0.0, POWERS[0]))
+            self.found.append((placement.objective, len(self.found), start, placement))
+            self._keep(placement)
+
+    def _improve(self, placement: Placement, powers: tuple[int, ...], deadline: float) -> None:
+        for power in powers:
+            placement.sharpen(power)
+            order = self.generator.permutation(len(placement.option))
+            reconsider(placement, self.options, order)
+            for _ in range(EXCHANGES):
+                exchange(placement, DEVICE, self.generator)
+                exchange(placement, HOST, self.generator)
+            for _ in range(REBUILDS):
+                rebuild(placement, self.options, self.generator)
+            self._keep(placement)
+            if self.is_over(deadline):
+                return
+
+    def _keep(self, placement: Placement) -> None:
+        if placement.fits and (
+            self.best is None or placement.objective < self.best.objective * (1 - 1e-12)
+        ):
+            self.best = placement.copy()

@@ -1,0 +1,137 @@
+"""The linear relaxation: options in fractions, loads spread evenly over the devices.
+
+Devices are alike, so averaging a plan over all ways to rename hosts and the devices in them gives
+a solution of this program that costs no more: no plan beats its value. Only options whose items
+stay below given caps take part, which makes it a relaxation of the plans whose maxima do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.optimize import linprog
+from scipy.sparse import coo_array, csr_array, vstack
+
+from planner.search.objective import Goal
+from planner.shards import Bools, Floats, Ints
+
+
+@dataclass(frozen=True)
+class Fractions:
+    """A solution: `share` of each option in `chosen`; no plan under the caps costs less than
+    `bound`, which is recomputed from the program's dual and trusts no solver."""
+
+    bound: float
+    chosen: Ints
+    share: Floats
+    maxima: Floats  # [columns]
+
+
+class Relaxation:
+    """The relaxation of one goal, to be solved for many caps."""
+
+    def __init__(self, goal: Goal) -> None:
+        self.goal = goal
+        problem, options = goal.problem, goal.options
+        world, hosts = problem.topology.world_size, problem.topology.num_hosts
+        # Loads and memory of an average device, memory as a share of what is free.
+        self.mean_load = goal.load * (goal.devices / world)[:, None]
+        memory = [options.memory * goal.devices / world / self._free_memory]
+        if options.host_memory.any():
+            memory.append(options.host_memory * goal.devices / hosts / problem.host_memory_limit)
+        self.mean_memory = np.stack(memory, axis=1)
+        # Host memory is slower in every stage: it is of use only where device memory is scarce.
+        self.candidates = goal.in_device_memory if options.host_memory.any() else goal.undominated
+
+    @property
+    def _free_memory(self) -> float:
+        return max(self.goal.problem.memory_limit - self.goal.problem.fixed_memory, 1.0)
+
+    def solve(self, caps: Floats, floors: Floats, memory: float = 1.0) -> Fractions | None:
+        """The best fractions where each group's maximum is between its floor and its cap.
+
+        They fill at most the share `memory` of devices and hosts; the bound is for plans that do.
+        None where no plan has such maxima.
+        """
+        within = self.goal.fits & (self.goal.group_load <= caps * (1 + 1e-12)).all(axis=1)
+        if not self._cover_all_units(np.flatnonzero(within)):
+            return None
+        chosen = self.candidates[within[self.candidates]]
+        solution = None
+        if self._cover_all_units(chosen):
+            solution = self._solve_program(chosen, floors, memory)
+        if self.candidates is not self.goal.undominated and (
+            solution is None or solution[2].max() > 0
+        ):
+            # Device memory is scarce: tables in host memory may save some.
+            self.candidates = self.goal.undominated
+            return self.solve(caps, floors, memory)
+        if solution is None:
+            return None
+        share, load_price, memory_price = solution
+        bound = self.dual_value(within, floors, memory, load_price, memory_price)
+        return Fractions(bound, chosen, share, share @ self.mean_load[chosen])
+
+    def _cover_all_units(self, options: Ints) -> bool:
+        return len(np.unique(self.goal.options.unit[options])) == len(self.goal.problem.units)
+
+    def _solve_program(
+        self, chosen: Ints, floors: Floats, memory: float
+    ) -> tuple[Floats, Floats, Floats] | None:
+        """Shares of the options, prices of load and of memory; None if nothing fits."""
+        columns, kinds = self.mean_load.shape[1], self.mean_memory.shape[1]
+        count, units = len(chosen), len(self.goal.problem.units)
+        above_load = np.hstack([self.mean_load[chosen].T, -np.eye(columns)])
+        in_memory = np.hstack([self.mean_memory[chosen].T, np.zeros((kinds, columns))])
+        above_floor = np.hstack([np.zeros((len(floors), count)), -self._members])
+        one_each = coo_array(
+            (np.ones(count), (self.goal.options.unit[chosen], np.arange(count))),
+            shape=(units, count + columns),
+        )
+        limits = np.concatenate([np.zeros(columns), np.full(kinds, memory), -floors])
+        solved = linprog(
+            np.concatenate([np.zeros(count), np.ones(columns)]),
+            A_ub=vstack([csr_array(part) for part in (above_load, in_memory, above_floor)]),
+            b_ub=limits,
+            A_eq=csr_array(one_each),
+            b_eq=np.ones(units),
+            method="highs",
+        )
+        if solved.x is None:
+            return None
+        prices = -solved.ineqlin.marginals
+        return solved.x[:count], prices[:columns], prices[columns : columns + kinds]
+
+    def memory_used(self, fractions: Fractions) -> float:
+        """Share of the scarcest memory that these fractions take."""
+        return float((fractions.share @ self.mean_memory[fractions.chosen]).max())
+
+    def group_sums(self, columns: Floats) -> Floats:
+        """[groups] from [columns]."""
+        return self._members @ columns
+
+    @cached_property
+    def _members(self) -> Floats:
+        """[groups, columns]: 1 where a column is in a group."""
+        members = np.zeros((len(self.goal.groups), self.mean_load.shape[1]))
+        for group, columns in enumerate(self.goal.groups):
+            members[group, columns] = 1
+        return members
+
+    def dual_value(
+        self,
+        within: Bools,
+        floors: Floats,
+        memory: float,
+        load_price: Floats,
+        memory_price: Floats,
+    ) -> float:
+        """What the prices prove: a lower bound for every plan, whatever prices are given."""
+        load_price, memory_price = np.clip(load_price, 0, 1), np.maximum(memory_price, 0)
+        floor_price = np.array([1 - max(load_price[g]) for g in self.goal.groups])
+        unit = self.goal.options.unit[within]
+        priced = self.mean_load[within] @ load_price + self.mean_memory[within] @ memory_price
+        cheapest = np.minimum.reduceat(priced, np.flatnonzero(np.diff(unit, prepend=-1)))
+        return float(cheapest.sum() + floor_price @ floors - memory * memory_price.sum())

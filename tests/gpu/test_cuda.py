@@ -1,0 +1,41 @@
+"""What runs on CPU runs on CUDA devices, with the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from planner import ShardingRule, Topology, plan_by_rule
+from planner.geometry import SHARDING_TYPES
+from tests.distributed.pool import WorkerPool
+from tests.distributed.test_sharded_equals_unsharded import check, specs
+from tests.gpu.conftest import Place
+from tests.launch.tiny_run import make_data, shardemb, tiny_config, write_config
+
+
+@pytest.mark.parametrize(("tables", "dense"), [("sgd", "sgd"), ("rowwise_adagrad", "adam")])
+@pytest.mark.parametrize("sharding_type", SHARDING_TYPES)
+def test_every_type_equals_unsharded_training(
+    pool: WorkerPool, sharding_type: str, tables: str, dense: str
+) -> None:
+    """After five steps tables, optimizer states and dense weights are the reference's."""
+    topology = Topology(world_size=pool.world_size, local_world_size=pool.world_size)
+    plan = plan_by_rule(specs(tables), topology, ShardingRule(sharding_type=sharding_type))
+    check(pool, plan, tables, dense, weighted=False)
+
+
+def test_a_run_comes_to_its_end(place: Place, tmp_path: Path) -> None:
+    """`shardemb train` uses the devices it is told to, and ends with a result of numbers."""
+    config = tiny_config(make_data(tmp_path / "data"), tmp_path / "run")
+    config["launch"] = {"nproc_per_node": place.world_size, "device": place.device}
+    process = shardemb("train", write_config(tmp_path / "run.yaml", config))
+    assert process.returncode == 0, process.stderr
+    assert f"training on {place.world_size} x {place.device}" in process.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["world_size"], result["samples"]) == (place.world_size, 2000)
+    assert math.isfinite(result["train_loss"])
+    assert result["eval"]["samples"] == 500
+    assert all(math.isfinite(result["eval"][name]) for name in ("auc", "logloss"))

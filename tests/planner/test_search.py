@@ -1,0 +1,53 @@
+"""The bound is below every plan, and the search finds plans close to the best there is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from planner.search.bound import lower_bound
+from planner.search.objective import Goal
+from planner.search.optimize import search
+from planner.search.relaxation import Relaxation
+from tests.planner.brute_force import best_objective, small_problems
+
+
+@pytest.mark.parametrize("objective", ["stages", "max_total"])
+@pytest.mark.parametrize("count", [160, pytest.param(2000, marks=pytest.mark.slow)])
+def test_small_problems_against_all_their_plans(objective: str, count: int) -> None:
+    """On random problems with tight and loose memory: no bound above the best plan, no plan below
+    it, no problem given up that has a plan; and nearly always the best plan is found."""
+    excess = []
+    for problem in small_problems(count):
+        best = best_objective(problem, objective)
+        relaxation = Relaxation(Goal(problem, objective))
+        placement = search(relaxation, seed=0)
+        if placement is None:
+            assert best == np.inf
+            continue
+        assert placement.fits
+        assert placement.objective >= best * (1 - 1e-9)
+        assert lower_bound(relaxation, placement.objective) <= best * (1 + 1e-9)
+        assert lower_bound(relaxation, best) <= best * (1 + 1e-9)
+        excess.append(placement.objective / best - 1)
+    assert len(excess) > count / 2
+    assert np.mean(excess) < 0.01
+    assert np.mean(np.array(excess) < 1e-9) > 0.95
+
+
+@pytest.mark.parametrize("objective", ["stages", "max_total"])
+def test_any_prices_give_a_bound(objective: str) -> None:
+    """The bound needs no trust in the solver: prices out of thin air stay below the best plan."""
+    generator = np.random.default_rng(0)
+    for problem in small_problems(80):
+        best = best_objective(problem, objective)
+        goal = Goal(problem, objective)
+        if best == np.inf:
+            continue
+        relaxation = Relaxation(goal)
+        floors = np.zeros(len(goal.groups))
+        for _ in range(20):
+            load_price = generator.uniform(-0.5, 1.5, goal.load.shape[1])
+            memory_price = generator.uniform(-1, 3, relaxation.mean_memory.shape[1])
+            bound = relaxation.dual_value(goal.fits, floors, 1.0, load_price, memory_price)
+            assert bound <= best * (1 + 1e-9)
