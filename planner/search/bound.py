@@ -20,7 +20,7 @@ from planner.shards import Floats
 MOST_BOXES = 40
 MOST_WORK = 1_000_000  # boxes times options: relaxations of large problems take seconds
 SMALLEST_GAIN = 2e-4  # of the bound: less is not worth more boxes
-PATIENCE = 6  # boxes that may pass without such a gain
+PATIENCE = 4  # boxes that may pass without such a gain
 
 
 def lower_bound(relaxation: Relaxation, incumbent: float, deadline: float = np.inf) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,24 +55,32 @@ def search(relaxation: Relaxation, seed: int, deadline: float | None = None) -> 
         goal = replace(goal, memory_weight=MEMORY_WEIGHT * root.bound)
     searching = Search(relaxation, goal, root, seed)
     world, units = goal.problem.topology.world_size, len(goal.problem.units)
-    starts, improvements = _effort(world, world * units)
+    effort = _effort(world, world * units)
     if deadline is None:
-        return searching.run(starts, improvements, np.inf)
+        return searching.run(effort, np.inf)
     while True:
-        searching.run(starts, improvements, deadline)
+        searching.run(effort, deadline)
         if time.monotonic() > deadline or searching.is_over(deadline):
             return searching.best
 
 
-def _effort(world: int, size: int) -> tuple[int, int]:
-    """Starts, and how many of the best are improved: seconds for usual sizes."""
+class Effort(NamedTuple):
+    """Starts, how many of the best are improved, and in how many steps each."""
+
+    starts: int
+    improvements: int
+    steps: int = len(SHARPENING[0])
+
+
+def _effort(world: int, size: int) -> Effort:
+    """Seconds, for usual sizes: what more of it would gain, and no more than it is worth."""
     if size > 4_000_000:
-        return 2, 0 if size > 20_000_000 else 1
+        return Effort(2, 0 if size > 20_000_000 else 1)
     if size <= 2000:
-        return 12, 2 if size > 100 else 6
-    if world <= 16:
-        return 4, 1
-    return (8, 1) if world <= 128 else (16, 1 if world <= 256 else 2)
+        return Effort(12, 2 if size > 100 else 6)
+    if world <= 64:
+        return Effort(4 if world <= 16 else 6, 1, steps=4)
+    return Effort(8, 1) if world <= 128 else Effort(16, 1 if world <= 256 else 2)
 
 
 @dataclass(frozen=True)
@@ -100,9 +108,9 @@ class Search:
         starts = np.searchsorted(unit, np.arange(len(self.goal.problem.units) + 1))
         self.options = [candidates[a:b] for a, b in pairwise(starts)]
 
-    def run(self, starts: int, improvements: int, deadline: float) -> Placement | None:
-        """The best placement after so many starts, and improvements of the best of them."""
-        for _ in range(starts):
+    def run(self, effort: Effort, deadline: float) -> Placement | None:
+        """The best placement after so many more starts, and improvements of the best of all."""
+        for _ in range(effort.starts):
             if self.is_over(deadline):
                 return self.best
             self._start(self._next_start(self.starts))
@@ -110,11 +118,12 @@ class Search:
         if self.best is None:
             self._pack()
         ranked = sorted(self.found, key=lambda entry: entry[:2])
-        for number in range(improvements if ranked else 0):
+        for number in range(effort.improvements if ranked else 0):
             if self.is_over(deadline):
                 return self.best
             placement = ranked[number // len(SHARPENING) % len(ranked)][3]
-            self._improve(placement.copy(), SHARPENING[number % len(SHARPENING)], deadline)
+            powers = SHARPENING[number % len(SHARPENING)][: effort.steps]
+            self._improve(placement.copy(), powers, deadline)
         return self.best
 
     def is_over(self, deadline: float) -> bool:
