@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from planner.request import Sources
 
 DEFAULT = "make"
+WIDTH = 100  # of the reports, at most
 
 
 class PlanGroup(TyperGroup):
@@ -58,6 +59,13 @@ app.add_typer(plan_app, name="plan")
 
 
 stderr = Console(stderr=True)
+
+
+def _stdout() -> Console:
+    """As wide as the terminal; in a file or a pipe as wide as our tables are at most."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="a plan.json")]
@@ -172,7 +180,7 @@ def diff(
     if as_json:
         _print_json(difference.to_dict())
     else:
-        print_difference(difference, Console())
+        print_difference(difference, _stdout())
 
 
 @plan_app.command()
@@ -189,7 +197,7 @@ def explain(
     if as_json:
         _print_json(explanation.to_dict())
     else:
-        print_explanation(explanation, Console())
+        print_explanation(explanation, _stdout())
 
 
 @plan_app.command()
@@ -247,7 +255,7 @@ def sweep(
     if as_json:
         _print_json(swept.to_dict())
     else:
-        print_sweep(swept, Console())
+        print_sweep(swept, _stdout())
 
 
 @plan_app.command("export")
@@ -348,7 +356,7 @@ def _show(plan: Plan, html: Path | None, as_json: bool) -> None:
         return
     from planner.report import print_plan
 
-    print_plan(plan, Console())
+    print_plan(plan, _stdout())
 
 
 def _print_json(document: dict[str, Any]) -> None:
