@@ -283,7 +283,7 @@ def export_plan(
     check_folder("--out", out)
     plan = Plan.load(path)
     hardware = plan.topology.hardware
-    on_cpu = hardware is not None and hardware.kind.casefold().startswith("cpu")
+    on_cpu = hardware is not None and hardware.is_cpu
     document = export_torchrec(plan, module, "cpu" if on_cpu else "cuda")
     if out is None:
         _print_json(document)

@@ -9,15 +9,28 @@ from pathlib import Path
 from planner.errors import PlannerError, RequestError
 
 
-def write_whole(path: Path, text: str, what: str) -> None:
-    """Write `path`, or leave it as it was; `what` it is, for the message."""
-    partial = path.parent / f"{path.name}.partial"
+def replace_file(path: Path, text: str) -> None:
+    """Write `path`, or leave it as it was and raise OSError."""
+    partial = partial_of(path)
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
-    except OSError as error:
+    except OSError:
         with contextlib.suppress(OSError):
             partial.unlink()
+        raise
+
+
+def partial_of(path: Path) -> Path:
+    """What `path` is called until it is whole."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def write_whole(path: Path, text: str, what: str) -> None:
+    """Write `path`, or leave it as it was; `what` it is, for the message."""
+    try:
+        replace_file(path, text)
+    except OSError as error:
         raise PlannerError(f"cannot write the {what} {path}: {error.strerror}") from error
 
 

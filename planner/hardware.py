@@ -82,6 +82,11 @@ class Hardware(BaseModel):
         default=None, gt=0, description="dense layers, fp32 (TF32 where there is it); null: unknown"
     )
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether a device is a process on a CPU, by the name of its kind."""
+        return self.kind.casefold().startswith("cpu")
+
 
 _GIB = 1024**3
 _TORCHREC_GB_S = _GIB / 1e9  # TorchRec writes 600 * 1024^3 bytes a second for "600 GB/s"

@@ -36,7 +36,7 @@ def make_plan(
 
     `batch_size` is rows a step on each rank, `dense_bytes` what the dense model takes on each
     device. The same seed gives the same plan; with `time_budget` (seconds) the search goes on
-    until then, and the plan depends on how far it came.
+    until then, or until there is next to nothing to gain, and the plan depends on how far it came.
 
     Raises DoesNotFit where nothing fits, with the proof and the smallest changes that would
     fit; RequestError where tables, constraints and topology contradict each other.
@@ -50,7 +50,7 @@ def make_plan(
     deadline = None if time_budget is None else began + time_budget
     placement = search(relaxation, seed, deadline)
     if placement is None:
-        from planner.feasibility import DoesNotFit  # takes as long to import as all else
+        from planner.feasibility import DoesNotFit  # here: plans that fit need not wait for it
         from planner.inputs import Inputs
 
         tables = tuple(tables)
@@ -64,7 +64,7 @@ def make_plan(
     predicted = plan.predicted.model_copy(
         update={
             "bound_ms": min(bound, step_ms),
-            "gap_percent": max(0.0, 100 * (step_ms / bound - 1)) if bound > 0 else 0.0,
+            "gap_percent": max(0.0, 100 * (step_ms / bound - 1)) if bound > 0 else None,
         }
     )
     seconds = Seconds(

@@ -27,6 +27,7 @@ from planner.shards import (
     Ints,
     ShardColumns,
     TableColumns,
+    row_sharers,
 )
 from planner.storage import buffer_bytes, received_bytes, table_memory
 from planner.tables import TableSpec
@@ -156,6 +157,7 @@ def _enumerate(
             counts = _column_counts(sharding_type, topology, columns.embedding_dim[wanted])
             for count in counts:
                 chosen = wanted[_can_cut(columns, limits, wanted, count, counts)]
+                chosen = chosen[_have_places(limits, chosen, count, sharding_type, topology)]
                 if kernel != "fused_uvm_caching":
                     parts.append((chosen, sharding_type, kernel, count, np.zeros(len(chosen))))
                     continue
@@ -171,7 +173,7 @@ def _enumerate(
         table=table,
         sharding_type=types,
         compute_kernel=_join([np.full(len(part[0]), KERNEL_CODE[part[2]]) for part in parts]),
-        rows=-(-columns.num_embeddings[table] // _row_parts(types, topology)),
+        rows=-(-columns.num_embeddings[table] // row_sharers(types, topology)),
         columns=columns.embedding_dim[table] // column_shards,
         cache_load_factor=np.concatenate([part[4] for part in parts] or [np.zeros(0)]),
     )
@@ -180,14 +182,6 @@ def _enumerate(
 
 def _join(parts: list[Ints]) -> Ints:
     return np.concatenate([*parts, np.zeros(0, dtype=np.int64)])
-
-
-def _row_parts(types: Ints, topology: Topology) -> Ints:
-    parts = np.ones(len(types), dtype=np.int64)
-    parts[types == TYPE_CODE["row_wise"]] = topology.world_size
-    for name in ("table_row_wise", "grid_shard"):
-        parts[types == TYPE_CODE[name]] = topology.local_world_size
-    return parts
 
 
 def _kernels(sharding_type: ShardingType, topology: Topology) -> tuple[ComputeKernel, ...]:
@@ -217,22 +211,34 @@ def _admitting(
                 return False
         elif sharding_type not in limit.sharding_types:
             return False
-        if limit.ranks is not None and not _covers_a_place(limit.ranks, sharding_type, topology):
-            return False
         return limit.compute_kernels is None or kernel in limit.compute_kernels
 
     numbers = range(len(tables))
     return np.array([i for i in numbers if admits(tables[i], limits[i])], dtype=np.int64)
 
 
-def _covers_a_place(
-    ranks: tuple[int, ...], sharding_type: ShardingType, topology: Topology
-) -> bool:
-    if SCOPE[sharding_type] == DEVICE:
-        return True
+def _have_places(
+    limits: Sequence[TableConstraint],
+    tables: Ints,
+    count: int,
+    sharding_type: ShardingType,
+    topology: Topology,
+) -> Bools:
+    """Which of `tables` have a place of its own for each of `count` pieces on their ranks."""
+    ranks = [limits[table].ranks for table in tables]
+    free = [r is None or _places_within(r, sharding_type, topology) >= count for r in ranks]
+    return np.array(free, dtype=np.bool_)
+
+
+def _places_within(ranks: tuple[int, ...], sharding_type: ShardingType, topology: Topology) -> int:
+    """How many places these ranks have for pieces of that type."""
+    world, allowed = topology.world_size, set(ranks)
+    of_hosts = [allowed & set(topology.ranks_of_host(h)) for h in range(topology.num_hosts)]
     if SCOPE[sharding_type] == WORLD:
-        return len(set(ranks)) == topology.world_size
-    return any(set(topology.ranks_of_host(h)) <= set(ranks) for h in range(topology.num_hosts))
+        return int(len(allowed) == world)
+    if SCOPE[sharding_type] == HOST:
+        return sum(len(ranks) == topology.local_world_size for ranks in of_hosts)
+    return max(map(len, of_hosts)) if sharding_type == "table_column_wise" else len(allowed)
 
 
 _ACROSS_HOSTS = ("table_row_wise", "table_column_wise", "grid_shard")
@@ -286,7 +292,9 @@ def _group(
         members.setdefault(constraint.group if constraint and constraint.group else i, []).append(i)
     units = tuple(tuple(group) for group in members.values())
     if len(units) < len(tables):
-        parts = [_unit_options(unit, group, options) for unit, group in enumerate(units)]
+        starts = np.searchsorted(options.unit, np.arange(len(tables) + 1))
+        own = [[np.arange(starts[i], starts[i + 1]) for i in group] for group in units]
+        parts = [_unit_options(u, options.select(_join(o)), len(o)) for u, o in enumerate(own)]
         options = _concatenate(parts)
     empty = np.setdiff1d(np.arange(len(units)), options.unit)
     if len(empty):
@@ -299,10 +307,9 @@ def _group(
     return units, options
 
 
-def _unit_options(unit: int, group: tuple[int, ...], options: Options) -> Options:
-    """The options that all tables of the group have, in one piece, with their costs summed."""
-    own = options.select(np.isin(options.unit, group))
-    if len(group) > 1:
+def _unit_options(unit: int, own: Options, tables: int) -> Options:
+    """Of several tables the options that all have, in one piece, with their costs summed."""
+    if tables > 1:
         whole = own.select((own.column_shards == 1) & (own.cache_load_factor == 0))
         keys = whole.sharding_type * len(KERNEL_CODE) + whole.compute_kernel
         _, first, where, count = np.unique(
@@ -313,7 +320,7 @@ def _unit_options(unit: int, group: tuple[int, ...], options: Options) -> Option
             total = np.zeros_like(getattr(summed, name))
             np.add.at(total, where, getattr(whole, name))
             summed = replace(summed, **{name: total})
-        own = summed.select(count == len(group))
+        own = summed.select(count == tables)
     return replace(own, unit=np.full(len(own), unit))
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -14,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from planner.constraints import TableConstraint
 from planner.errors import PlannerError, RequestError
+from planner.files import write_whole
 from planner.geometry import ShardingType
 from planner.shards import ComputeKernel
 from planner.tables import TableSpec
@@ -135,14 +134,7 @@ class Plan(_Record):
 
     def save(self, path: Path) -> None:
         """Write `path` whole or not at all."""
-        partial = path.parent / f"{path.name}.partial"
-        try:
-            partial.write_text(self.to_json())
-            os.replace(partial, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise PlannerError(f"cannot write the plan {path}: {error.strerror}") from error
+        write_whole(path, self.to_json(), "plan")
 
     @classmethod
     def load(cls, path: Path) -> Plan:

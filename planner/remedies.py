@@ -157,7 +157,8 @@ def _levers(inputs: Inputs) -> Iterator[Lever]:
     yield _table_lever(inputs, "optimizer", "rowwise_adagrad", HEAVY_OPTIMIZERS)
     if hasattr(inputs.cost_model, "batch_size"):  # others know one batch size only
         yield _batch_lever(inputs)
-    if not _is_cpu(inputs.topology):  # whose device memory is that of its host
+    hardware = inputs.topology.hardware
+    if hardware is not None and not hardware.is_cpu:  # whose device memory is that of its host
         yield _host_memory_lever(inputs)
     yield _devices_lever(inputs)
 
@@ -220,10 +221,6 @@ def _batch_lever(inputs: Inputs) -> Lever:
         )
 
     return Lever("batch_size", inputs.batch_size.bit_length() - 1, at)
-
-
-def _is_cpu(topology: Topology) -> bool:
-    return topology.hardware is not None and topology.hardware.kind.casefold().startswith("cpu")
 
 
 def _host_memory_lever(inputs: Inputs) -> Lever:

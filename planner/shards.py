@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from planner.geometry import SHARDING_TYPES
 from planner.tables import REUSE_BINS, TableOptimizerName, TableSpec
+from planner.topology import Topology
 
 ComputeKernel = Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"]
 COMPUTE_KERNELS: tuple[ComputeKernel, ...] = get_args(ComputeKernel)
@@ -85,3 +86,12 @@ class ShardColumns:
         """A column of `tables`, for each shard."""
         values: npt.NDArray[Any] = getattr(self.tables, column)[self.table]
         return values
+
+
+def row_sharers(sharding_type: Ints, topology: Topology) -> Ints:
+    """Ranks that share the rows of a shard's columns: each looks up that part of the ids."""
+    sharers = np.ones(len(sharding_type), dtype=np.int64)
+    sharers[sharding_type == TYPE_CODE["row_wise"]] = topology.world_size
+    for name in ("table_row_wise", "grid_shard"):
+        sharers[sharding_type == TYPE_CODE[name]] = topology.local_world_size
+    return sharers

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planner.shards import KERNEL_CODE, OPTIMIZERS, TYPE_CODE, Floats, ShardColumns
+from planner.shards import KERNEL_CODE, OPTIMIZERS, TYPE_CODE, Floats, ShardColumns, row_sharers
 from planner.tables import TableOptimizerName, TableSpec
 from planner.topology import Topology
 
@@ -77,7 +77,7 @@ def buffer_bytes(shards: ShardColumns, topology: Topology, batch_size: int) -> F
     gradient of its own size instead.
     """
     replicated = shards.sharding_type == TYPE_CODE["data_parallel"]
-    sharers = row_sharers(shards, topology)
+    sharers = row_sharers(shards.sharding_type, topology)
     bags = shards.of_table("num_features") * batch_size * topology.world_size
     ids = shards.of_table("pooling_factor") * bags / sharers
     outputs = np.where(shards.of_table("pooled"), bags, ids)
@@ -85,15 +85,6 @@ def buffer_bytes(shards: ShardColumns, topology: Topology, batch_size: int) -> F
     sent = outputs * shards.columns * OUTPUT_BYTES + ids * id_bytes * BATCHES_IN_FLIGHT
     gradient = shards.rows * shards.columns * shards.of_table("element_bytes")
     return np.asarray(np.where(replicated, gradient, sent))
-
-
-def row_sharers(shards: ShardColumns, topology: Topology) -> Floats:
-    """Ranks that share the rows of a shard's columns: each looks up that part of the ids."""
-    sharers = np.ones(len(shards))
-    sharers[shards.sharding_type == TYPE_CODE["row_wise"]] = topology.world_size
-    for name in ("table_row_wise", "grid_shard"):
-        sharers[shards.sharding_type == TYPE_CODE[name]] = topology.local_world_size
-    return sharers
 
 
 def received_bytes(tables: Sequence[TableSpec], batch_size: int) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from planner import UserError
+from planner.files import replace_file
 
 FAILURE_FILE = "SHARDEMB_FAILURE_FILE"
 
@@ -104,7 +105,7 @@ def directory_note(failure_file: Path) -> Path:
 
 def note_directory(fields: dict[str, Any]) -> None:
     """Tell the launcher, which is to say there why the run failed, about the run directory."""
-    _write_whole(directory_note(_failure_file()), fields)
+    replace_file(directory_note(_failure_file()), json.dumps(fields))
 
 
 def _failure_file() -> Path:
@@ -117,12 +118,6 @@ def _rank() -> int:
 
 def _report(failure: Failure) -> None:
     if has_launcher():
-        _write_whole(_failure_file(), vars(failure))
+        replace_file(_failure_file(), json.dumps(vars(failure)))
     else:
         print(f"error (rank {_rank()}): {failure.message}", file=sys.stderr)
-
-
-def _write_whole(target: Path, fields: dict[str, Any]) -> None:
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps(fields))
-    partial.rename(target)

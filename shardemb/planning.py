@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -60,7 +61,8 @@ def run_hardware(config: RunConfig) -> Hardware:
     gpu = None if config.launch.device == "cpu" else _first_gpu()
     if gpu is None:
         return preset("cpu")
-    known = [kind for kind in PRESETS if all(p in gpu for p in kind.upper().split("-"))]
+    words = set(re.split(r"[^A-Z0-9]+", gpu))
+    known = [kind for kind in PRESETS if words.issuperset(kind.upper().split("-"))]
     if not known:
         raise RequestError(
             f"sharding.hardware: this machine's GPU, {gpu}, is none that the planner knows; name "
@@ -81,7 +83,7 @@ def _first_gpu() -> str | None:
 def _constraints(config: RunConfig, tables: list[TableSpec]) -> dict[str, TableConstraint]:
     """The config's, its rules as constraints, and what the kernels cannot train."""
     constraints = dict(config.sharding.constraints)
-    constraints |= {name: _as_constraint(rule) for name, rule in config.sharding.tables.items()}
+    constraints |= {n: _as_constraint(n, rule) for n, rule in config.sharding.tables.items()}
     for table in tables:
         # A replicated table keeps its optimizer's state in its own dtype (see sharding/limits.py).
         if table.dtype != "fp32" and table.optimizer != "sgd" and table.name not in constraints:
@@ -90,7 +92,13 @@ def _constraints(config: RunConfig, tables: list[TableSpec]) -> dict[str, TableC
     return constraints
 
 
-def _as_constraint(rule: ShardingRule) -> TableConstraint:
+def _as_constraint(name: str, rule: ShardingRule) -> TableConstraint:
+    """The planner decides which shard is on which of the rule's ranks: they cost the same."""
+    if rule.ranks and len(set(rule.ranks)) < len(rule.ranks):
+        raise RequestError(
+            f"sharding.tables.{name}.ranks: a rank is named twice, and the planner puts the shards "
+            "of a table on different ranks; name each once, or choose a type as sharding.default"
+        )
     return TableConstraint(
         sharding_types=(rule.sharding_type,), column_shards=rule.column_shards, ranks=rule.ranks
     )

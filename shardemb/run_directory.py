@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from planner import Plan, RequestError, UserError
+from planner.files import partial_of, replace_file
 from shardemb.config import RunConfig
 from shardemb.data.dataset import read_info
 from shardemb.failure import failure_of, has_launcher, note_directory
@@ -80,7 +81,7 @@ class RunDirectory:
     def write_result(self, result: dict[str, Any]) -> None:
         """result.json, whole or not at all."""
         try:
-            _write_whole(self.path / "result.json", result)
+            _write_json(self.path / "result.json", result)
         except OSError as error:
             raise UserError(_cannot_write(self.path, error)) from error
 
@@ -111,8 +112,8 @@ def close_failed(created: Created, error: str) -> None:
             return
         steps = _reported_steps(path / "metrics.jsonl")
         if len(steps) > 1:
-            _partial(path / "result.json").unlink(missing_ok=True)
-            _write_whole(path / "failure.json", {"error": error, "step": steps[-1]})
+            partial_of(path / "result.json").unlink(missing_ok=True)
+            _write_json(path / "failure.json", {"error": error, "step": steps[-1]})
             return
         shutil.rmtree(path)
         if created.earlier:
@@ -131,18 +132,8 @@ def _reported_steps(metrics: Path) -> list[int]:
     return [record["step"] for record in records if record["kind"] == "train"]
 
 
-def _write_whole(target: Path, value: dict[str, Any]) -> None:
-    """JSON, whole or not at all."""
-    try:
-        _partial(target).write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(_partial(target), target)
-    except OSError:
-        _partial(target).unlink(missing_ok=True)
-        raise
-
-
-def _partial(target: Path) -> Path:
-    return target.with_name(target.name + ".partial")
+def _write_json(target: Path, value: dict[str, Any]) -> None:
+    replace_file(target, json.dumps(value, indent=2) + "\n")
 
 
 def without_nan(value: Any) -> Any:

@@ -36,16 +36,15 @@ from planner.shards import (
     ComputeKernel,
     Floats,
     ShardColumns,
+    row_sharers,
 )
-from planner.storage import ID_BYTES, OPTIMIZER_STATE, STATE_BYTES, row_sharers
+from planner.storage import ID_BYTES, OPTIMIZER_STATE, OUTPUT_BYTES, STATE_BYTES
 from planner.topology import Topology
 
 _BYTES_A_MS = 1e6  # of 1 GB/s
 
 OFFSET_BYTES = 8  # of a bag; and lengths are sent as int64
 WEIGHT_BYTES = 4
-# TBE and TorchRec pool in fp32, and write fp32 whatever the table's dtype: TorchRec's default.
-OUTPUT_BYTES = 4
 
 # DRAM moves sectors of 32 bytes on GPUs (CUDA C++ best practices, "coalesced access"); a CPU's
 # cache lines have 64.
@@ -141,13 +140,9 @@ class _Speeds(NamedTuple):
             inter=hardware.inter_host_bandwidth_gb_s * links,
             # A cache of unknown bandwidth is taken to be no faster than memory.
             cache_bytes=0.0 if cache is None else CACHE_SHARE * hardware.device_cache_bytes,
-            sector=CPU_SECTOR_BYTES if _is_cpu(hardware) else GPU_SECTOR_BYTES,
+            sector=CPU_SECTOR_BYTES if hardware.is_cpu else GPU_SECTOR_BYTES,
             table_ms=TABLE_OVERHEAD * hardware.kernel_launch_us / 1000,
         )
-
-
-def _is_cpu(hardware: Hardware) -> bool:
-    return hardware.kind.casefold().startswith("cpu")
 
 
 @dataclass(frozen=True)
@@ -202,7 +197,7 @@ def _work(shards: ShardColumns, topology: Topology, speeds: _Speeds, batch_rows:
 def _row_share(shards: ShardColumns, topology: Topology) -> Floats:
     """The part of its table's rows, and so of its lookups, that a shard has."""
     rows = shards.of_table("num_embeddings")
-    return np.asarray(np.ceil(rows / row_sharers(shards, topology)) / rows)
+    return np.asarray(np.ceil(rows / row_sharers(shards.sharding_type, topology)) / rows)
 
 
 def _missed(shards: ShardColumns, lookups: Floats, unique: Floats) -> Floats:

@@ -31,5 +31,8 @@ class CostModel(Protocol):
     def name(self) -> str: ...
 
     def stage_costs(self, shards: ShardColumns, topology: Topology) -> Floats:
-        """[shards, 4]: the milliseconds that each shard adds to the stages of its device."""
+        """[shards, 4]: the milliseconds that each shard adds to the stages of its device.
+
+        All row shards of a table must cost what its largest does: bound and search know no others.
+        """
         ...

@@ -15,7 +15,15 @@ import numpy as np
 
 from planner.cost.stages import STAGES
 from planner.hardware import Hardware, preset
-from planner.shards import KERNEL_CODE, TYPE_CODE, Bools, Floats, Ints, ShardColumns
+from planner.shards import (
+    KERNEL_CODE,
+    TYPE_CODE,
+    Bools,
+    Floats,
+    Ints,
+    ShardColumns,
+    row_sharers,
+)
 from planner.topology import Topology
 
 _GB_PER_SECOND = 1e6  # in bytes a millisecond
@@ -29,6 +37,7 @@ DENSE_KERNEL_EFFICIENCY = 0.5
 HOST_MEMORY_EFFICIENCY = 0.1
 DATA_PARALLEL_KERNELS_FACTOR = 9.22
 SMALLEST_LOOKUP_DIM = 32
+BY_ROW = [TYPE_CODE[name] for name in ("row_wise", "table_row_wise", "grid_shard")]
 
 
 @dataclass(frozen=True)
@@ -50,9 +59,8 @@ class TorchRecEstimate:
     def _sharded(self, shards: ShardColumns, topology: Topology, hardware: Hardware) -> Floats:
         ranks, hosts = topology.world_size, topology.num_hosts
         # Row shards share their table's lookups.
-        sharers = _row_sharers(shards.sharding_type, topology)
-        by_row = sharers > 0
-        split = np.where(by_row, sharers, 1)
+        split = row_sharers(shards.sharding_type, topology)
+        by_row = np.isin(shards.sharding_type, BY_ROW)
         size, columns = shards.of_table("element_bytes"), shards.columns
         pooled, weighted = shards.of_table("pooled"), shards.of_table("weighted")
         lookups = self._ids(shards) * ranks / split
@@ -108,15 +116,6 @@ class TorchRecEstimate:
         """Pooled embeddings a rank gets in a step."""
         filled = np.minimum(1.0, shards.of_table("pooling_factor"))
         return np.asarray(filled * shards.of_table("num_features") * self.batch_size)
-
-
-def _row_sharers(sharding_type: Ints, topology: Topology) -> Ints:
-    """Ranks that share the rows of the shard's columns; 0 for types that do not cut rows."""
-    sharers = np.zeros(len(sharding_type), dtype=np.int64)
-    sharers[sharding_type == TYPE_CODE["row_wise"]] = topology.world_size
-    for name in ("table_row_wise", "grid_shard"):
-        sharers[sharding_type == TYPE_CODE[name]] = topology.local_world_size
-    return sharers
 
 
 def _kernel_bandwidth(shards: ShardColumns, hardware: Hardware) -> Floats:

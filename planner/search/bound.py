@@ -4,12 +4,13 @@ A plan's largest compute and largest communication lie somewhere: the plane of t
 boxes, and in each the relaxation knows that no item is larger than the box allows and that the
 maxima are at least where it begins. The smallest of the boxes' bounds holds for every plan. The
 search's plan only says where to stop looking: boxes that begin above it need no better bound.
+
+Memory counts as everywhere in the planner: all row shards of a table as its largest.
 """
 
 from __future__ import annotations
 
 import heapq
-import time
 from itertools import count
 
 import numpy as np
@@ -23,11 +24,15 @@ SMALLEST_GAIN = 2e-4  # of the bound: less is not worth more boxes
 PATIENCE = 4  # boxes that may pass without such a gain
 
 
-def lower_bound(relaxation: Relaxation, incumbent: float, deadline: float = np.inf) -> float:
-    """The bound in ms; `incumbent` is the objective of a plan, which it does not exceed."""
+def lower_bound(relaxation: Relaxation, incumbent: float) -> float:
+    """The bound in ms; `incumbent` is the objective of a plan, which it does not exceed.
+
+    0 where the solver gave up, so that nothing could be proven.
+    """
     groups = len(relaxation.goal.groups)
     root = relaxation.solve(np.full(groups, incumbent), np.zeros(groups))
-    assert root is not None, "the incumbent is a plan below its own objective"
+    if root is None:
+        return 0.0
     likely = relaxation.group_sums(root.maxima)
     worthwhile = min(incumbent, _attainable(relaxation, likely)) * (1 - SMALLEST_GAIN)
     tie = count()
@@ -41,9 +46,11 @@ def lower_bound(relaxation: Relaxation, incumbent: float, deadline: float = np.i
             fractions = relaxation.solve(part[1], part[0])
             if fractions is not None:
                 heapq.heappush(boxes, (max(bound, fractions.bound), next(tie), *part))
+            elif not relaxation.excludes(part[1]):  # the solver's word is no proof
+                heapq.heappush(boxes, (bound, next(tie), *part))
         history.append(boxes[0][0] if boxes else incumbent)
         stands_still = history[-1] <= history[-PATIENCE] * (1 + SMALLEST_GAIN)
-        if time.monotonic() > deadline or (stands_still and len(history) > 2 * PATIENCE):
+        if stands_still and len(history) > 2 * PATIENCE:
             break
     return min(boxes[0][0], incumbent) if boxes else incumbent
 

@@ -101,7 +101,7 @@ class Search:
         self.fractions: dict[tuple[float, ...], Fractions | None] = {}
         self.found: list[tuple[float, int, Start, Placement]] = []
         self.best: Placement | None = None
-        self.memory = 1.0
+        self.memory, self.least_memory = 1.0, LEAST_MEMORY
         self.starts = 0
         candidates = relaxation.candidates
         unit = self.goal.options.unit[candidates]
@@ -155,15 +155,22 @@ class Search:
             return
         fractions = self._fractions(start.caps)
         placement = construct(self.goal, fractions, start.recipe) if fractions else None
-        if fractions and not placement and self.memory > LEAST_MEMORY:
-            # Items of full devices are hard to place: leave some room and try again.
-            self.memory -= MEMORY_STEP
-            self.fractions.clear()
+        if fractions and not placement and self._leave_room():
             self._start(start)
-            return
-        if placement:
+        elif placement:
             self.found.append((placement.objective, len(self.found), start, placement))
             self._keep(placement)
+
+    def _leave_room(self) -> bool:
+        """Have the fractions fill less memory: what fills all of it is hard to place."""
+        less, groups = self.memory - MEMORY_STEP, len(self.mean)
+        anything = np.full(groups, np.inf), np.zeros(groups)
+        if less < self.least_memory or self.relaxation.solve(*anything, less) is None:
+            self.least_memory = self.memory
+            return False
+        self.memory = less
+        self.fractions.clear()
+        return True
 
     def _fractions(self, caps: tuple[float, ...]) -> Fractions | None:
         if caps not in self.fractions:

@@ -7,13 +7,14 @@ stay below given caps take part, which makes it a relaxation of the plans whose 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import coo_array, csr_array, vstack
 
+from planner.certificate import prove
 from planner.search.objective import Goal
 from planner.shards import Bools, Floats, Ints
 
@@ -53,9 +54,9 @@ class Relaxation:
         """The best fractions where each group's maximum is between its floor and its cap.
 
         They fill at most the share `memory` of devices and hosts; the bound is for plans that do.
-        None where no plan has such maxima.
+        None where the solver finds that no plan has such maxima; `excludes` proves it.
         """
-        within = self.goal.fits & (self.goal.group_load <= caps * (1 + 1e-12)).all(axis=1)
+        within = self._within(caps)
         if not self._cover_all_units(np.flatnonzero(within)):
             return None
         chosen = self.candidates[within[self.candidates]]
@@ -73,6 +74,16 @@ class Relaxation:
         share, load_price, memory_price = solution
         bound = self.dual_value(within, floors, memory, load_price, memory_price)
         return Fractions(bound, chosen, share, share @ self.mean_load[chosen])
+
+    def excludes(self, caps: Floats) -> bool:
+        """Whether it is proven that no plan keeps all its items under these caps."""
+        problem, within = self.goal.problem, self._within(caps)
+        if not self._cover_all_units(np.flatnonzero(within)):
+            return True
+        return prove(replace(problem, options=problem.options.select(within))) is not None
+
+    def _within(self, caps: Floats) -> Bools:
+        return self.goal.fits & (self.goal.group_load <= caps * (1 + 1e-12)).all(axis=1)
 
     def _cover_all_units(self, options: Ints) -> bool:
         return len(np.unique(self.goal.options.unit[options])) == len(self.goal.problem.units)

@@ -129,6 +129,10 @@ def test_a_group_is_one_unit_with_the_cost_of_all() -> None:
             "constraints leave no way to shard t",
         ),
         (
+            {"t": {"sharding_types": ["column_wise"], "column_shards": 4, "ranks": [0, 1]}},
+            "constraints leave no way to shard t",
+        ),
+        (
             {"t": {"group": "g", "ranks": [0]}, "u": {"group": "g", "ranks": [1]}},
             "constraints.ranks of t, u, one group, have no rank in common",
         ),

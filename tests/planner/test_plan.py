@@ -171,8 +171,8 @@ def test_a_failed_save_leaves_the_old_plan(
     old = _plan()
     old.save(path)
 
-    def write_half(self: Path, text: str) -> int:
-        self.write_bytes(text[: len(text) // 2].encode())
+    def write_half(self: Path, text: str, encoding: str) -> int:
+        self.write_bytes(text[: len(text) // 2].encode(encoding))
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def refuse(source: Path, target: Path) -> None:

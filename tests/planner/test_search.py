@@ -51,3 +51,21 @@ def test_any_prices_give_a_bound(objective: str) -> None:
             memory_price = generator.uniform(-1, 3, relaxation.mean_memory.shape[1])
             bound = relaxation.dual_value(goal.fits, floors, 1.0, load_price, memory_price)
             assert bound <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("objective", ["stages", "max_total"])
+def test_a_solver_that_gives_up_proves_nothing_false(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the solver finds no solution half of the time, the bound is lower, never wrong."""
+    generator = np.random.default_rng(0)
+    solve = Relaxation._solve_program
+
+    def fail_often(self, *arguments):
+        return solve(self, *arguments) if generator.random() < 0.5 else None
+
+    monkeypatch.setattr(Relaxation, "_solve_program", fail_often)
+    for problem in small_problems(120):
+        best = best_objective(problem, objective)
+        if best < np.inf:
+            assert lower_bound(Relaxation(Goal(problem, objective)), best) <= best * (1 + 1e-9)
