@@ -20,7 +20,9 @@ import numpy as np
 from planner.shards import Floats, Ints, TableColumns
 from planner.tables import REUSE_BATCH_SIZE, REUSE_BINS
 
-DEFAULT_LOAD_FACTOR = 0.2  # TorchRec's, for tables whose reuse is not known
+DEFAULT_LOAD_FACTOR = 0.2  # TorchRec's
+# For tables whose reuse is not known: larger caches for where there is room.
+LOAD_FACTORS = (DEFAULT_LOAD_FACTOR, 0.5, 0.8)
 HIT_RATES = (0.5, 0.8, 0.95, 0.99)  # caches that serve these shares of the lookups are considered
 SMALLEST_LOAD_FACTOR, LARGEST_LOAD_FACTOR = 0.001, 0.5
 
@@ -127,7 +129,7 @@ def read_fraction(tables: TableColumns, lookups: Floats, load_factor: Floats, of
 def cache_load_factors(tables: TableColumns) -> Floats:
     """[tables, choices]: cache sizes worth considering, as shares of the rows; NaN for none.
 
-    Ascending: the knees of the miss curve, where HIT_RATES are reached, or TorchRec's default
+    Ascending: the knees of the miss curve, where HIT_RATES are reached, or LOAD_FACTORS
     where the histogram is unknown or no such cache is small enough.
     """
     classes = _classes(tables)
@@ -141,7 +143,7 @@ def cache_load_factors(tables: TableColumns) -> Floats:
     is_wanted = (factors <= LARGEST_LOAD_FACTOR) & (classes.counted > 0)[:, None]
     is_wanted[:, 1:] &= factors[:, 1:] > factors[:, :-1]
     factors[~is_wanted] = np.nan
-    factors[~is_wanted.any(axis=1), 0] = DEFAULT_LOAD_FACTOR
+    factors[~is_wanted.any(axis=1), : len(LOAD_FACTORS)] = LOAD_FACTORS
     factors.sort(axis=1)  # NaN goes last
     most = (~np.isnan(factors)).sum(axis=1).max(initial=1)
     return np.asarray(factors[:, :most])

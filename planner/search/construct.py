@@ -12,6 +12,8 @@ from planner.search.placement import Placement
 from planner.search.relaxation import Fractions
 from planner.shards import Floats, Ints
 
+ALL, MEMORY = -1, -2
+
 
 class Recipe(NamedTuple):
     """How to order the items and how sharply to tell devices apart.
@@ -22,7 +24,7 @@ class Recipe(NamedTuple):
     """
 
     devices_first: bool
-    group: int  # items are ordered by their load in this group of columns; -1: in all
+    group: int  # items are ordered by their load in this group of columns, ALL or MEMORY
     small: float  # items below this share of a device's mean load fill the gaps at the end
     power: int
 
@@ -59,7 +61,10 @@ def _order(goal: Goal, options: Ints, mean: Floats, recipe: Recipe) -> list[int]
     share = np.stack(
         [goal.group_load[options, i] / mean[g].sum() for i, g in enumerate(goal.groups)], axis=1
     )
-    size = share.sum(axis=1) if recipe.group < 0 else share[:, recipe.group]
+    if recipe.group == MEMORY:
+        size = goal.options.memory[options]
+    else:
+        size = share.sum(axis=1) if recipe.group == ALL else share[:, recipe.group]
     scope = goal.options.scope[options]
     turn = np.where(scope == WORLD, 0, 3)
     if recipe.devices_first:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import pairwise, product, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from planner.options import DEVICE, HOST
-from planner.search.construct import Recipe, construct, measure
+from planner.search.construct import ALL, MEMORY, Recipe, construct, measure
 from planner.search.improve import exchange, rebuild, reconsider
 from planner.search.objective import Goal
 from planner.search.pack import pack
 from planner.search.placement import Placement
-from planner.search.relaxation import Fractions, Relaxation
+from planner.search.relaxation import FULL, Fractions, Relaxation, Room
+from planner.shards import Ints
 
 # Caps on the largest item of each group, as shares of a device's mean load: smaller items balance
 # better and cost more in sum. The first are tried first.
@@ -34,10 +35,14 @@ POWERS = (7, 6, 5)
 SHARPENING = ((5, 6, 7, 8, 6, 7, 8), (1, 2, 3, 4, 5, 6, 8))
 EXCHANGES = 12
 REBUILDS = 15
-# Share of the memory that a first plan's fractions may fill, where none fits that fills it all.
-LEAST_MEMORY, MEMORY_STEP = 0.85, 0.025
-# Where a device's memory is used so far on average, filling devices evenly is part of the measure.
+# Where a device's memory is used so far on average, filling devices evenly is part of the measure,
+# and every other start leaves room in memory.
 TIGHT_MEMORY, MEMORY_WEIGHT = 0.7, 0.005
+ROOMS = [Room(filled, piece) for filled in (0.99, 1.0, 0.98, 0.95) for piece in (0.25, 0.2, 0.1)]
+TIGHT_CAPS: dict[int, list[tuple[float, ...]]] = {
+    1: [(0.5,), (1.0,), (2.0,)],
+    2: [(1.0, np.inf), (2.0, np.inf), (0.5, np.inf)],
+}
 GOOD_ENOUGH = 3e-4  # of the relaxation's bound: there is next to nothing to gain
 
 
@@ -56,6 +61,8 @@ def search(relaxation: Relaxation, seed: int, deadline: float | None = None) -> 
     searching = Search(relaxation, goal, root, seed)
     world, units = goal.problem.topology.world_size, len(goal.problem.units)
     effort = _effort(world, world * units)
+    if goal.memory_weight:
+        effort = effort._replace(starts=4 * effort.starts)
     if deadline is None:
         return searching.run(effort, np.inf)
     while True:
@@ -89,6 +96,20 @@ class Start:
 
     caps: tuple[float, ...]
     recipe: Recipe
+    room: Room = FULL
+
+
+def _first_starts(goal: Goal) -> list[Start]:
+    """Caps in turn, both orders of items; in between, where memory is tight, those with room."""
+    recipe, groups = Recipe(False, 0, SMALL[0], POWERS[0]), len(goal.groups)
+    orders = recipe, recipe._replace(devices_first=True)
+    usual = [Start(caps, order) for caps in CAPS[groups] for order in orders]
+    if not goal.memory_weight:
+        return usual
+    by_memory = recipe._replace(group=MEMORY)
+    roomy = [Start(caps, by_memory, room) for room in ROOMS for caps in TIGHT_CAPS[groups]]
+    pairs = zip_longest(roomy, usual)
+    return [start for pair in pairs for start in pair if start]
 
 
 class Search:
@@ -97,16 +118,11 @@ class Search:
     def __init__(self, relaxation: Relaxation, goal: Goal, root: Fractions, seed: int) -> None:
         self.relaxation, self.goal, self.root = relaxation, goal, root
         self.generator = np.random.default_rng(seed)
-        self.mean = relaxation.group_sums(root.maxima)
-        self.fractions: dict[tuple[float, ...], Fractions | None] = {}
+        self.fractions: dict[tuple[tuple[float, ...], Room], Fractions | None] = {}
         self.found: list[tuple[float, int, Start, Placement]] = []
         self.best: Placement | None = None
-        self.memory, self.least_memory = 1.0, LEAST_MEMORY
+        self.first_starts = _first_starts(goal)
         self.starts = 0
-        candidates = relaxation.candidates
-        unit = self.goal.options.unit[candidates]
-        starts = np.searchsorted(unit, np.arange(len(self.goal.problem.units) + 1))
-        self.options = [candidates[a:b] for a, b in pairwise(starts)]
 
     def run(self, effort: Effort, deadline: float) -> Placement | None:
         """The best placement after so many more starts, and improvements of the best of all."""
@@ -133,17 +149,15 @@ class Search:
         return close or time.monotonic() > deadline
 
     def _next_start(self, number: int) -> Start:
-        """Caps in turn, both orders of items; then like the best with something changed."""
-        caps = CAPS[len(self.goal.groups)]
-        if number < 2 * len(caps) or not self.found:
-            return Start(
-                caps[number // 2 % len(caps)], Recipe(number % 2 == 1, 0, SMALL[0], POWERS[0])
-            )
+        """The first starts; then those like the best with something changed."""
+        if number < len(self.first_starts) or not self.found:
+            return self.first_starts[number % len(self.first_starts)]
         ranked = sorted(self.found, key=lambda entry: entry[:2])
         like = ranked[int(self.generator.integers(min(4, len(ranked))))][2]
+        lowest = MEMORY if self.goal.memory_weight else ALL
         changed: dict[str, Any] = {
             "devices_first": bool(self.generator.integers(2)),
-            "group": int(self.generator.integers(-1, len(self.goal.groups))),
+            "group": int(self.generator.integers(lowest, len(self.goal.groups))),
             "small": float(self.generator.choice(SMALL)),
             "power": int(self.generator.choice(POWERS)),
         }
@@ -153,53 +167,53 @@ class Search:
     def _start(self, start: Start) -> None:
         if any(start == entry[2] for entry in self.found):
             return
-        fractions = self._fractions(start.caps)
+        fractions = self._fractions(start.caps, start.room)
         placement = construct(self.goal, fractions, start.recipe) if fractions else None
-        if fractions and not placement and self._leave_room():
-            self._start(start)
-        elif placement:
+        if placement:
             self.found.append((placement.objective, len(self.found), start, placement))
             self._keep(placement)
 
-    def _leave_room(self) -> bool:
-        """Have the fractions fill less memory: what fills all of it is hard to place."""
-        less, groups = self.memory - MEMORY_STEP, len(self.mean)
-        anything = np.full(groups, np.inf), np.zeros(groups)
-        if less < self.least_memory or self.relaxation.solve(*anything, less) is None:
-            self.least_memory = self.memory
-            return False
-        self.memory = less
-        self.fractions.clear()
-        return True
-
-    def _fractions(self, caps: tuple[float, ...]) -> Fractions | None:
-        if caps not in self.fractions:
-            absolute = np.array(caps) * self.mean
-            self.fractions[caps] = self.relaxation.solve(absolute, np.zeros(len(caps)), self.memory)
-        return self.fractions[caps]
+    def _fractions(self, caps: tuple[float, ...], room: Room) -> Fractions | None:
+        """The best ones under the caps, which are shares of those without caps."""
+        key = caps, room
+        if key not in self.fractions:
+            uncapped = (np.inf,) * len(caps)
+            free = None if caps == uncapped else self._fractions(uncapped, room)
+            mean = np.ones(len(caps)) if free is None else self.relaxation.group_sums(free.maxima)
+            absolute = np.array(caps) * mean
+            self.fractions[key] = self.relaxation.solve(absolute, np.zeros(len(caps)), room)
+        return self.fractions[key]
 
     def _pack(self) -> None:
         """A first plan where memory is so tight that no start fits: fill memory evenly first."""
         scale = measure(self.goal, self.root)
         placement = pack(self.goal, scale, POWERS[0], self.generator)
         if placement:
-            start = Start((np.inf,) * len(self.goal.groups), Recipe(False, -1, 0.0, POWERS[0]))
+            start = Start((np.inf,) * len(self.goal.groups), Recipe(False, ALL, 0.0, POWERS[0]))
             self.found.append((placement.objective, len(self.found), start, placement))
             self._keep(placement)
 
     def _improve(self, placement: Placement, powers: tuple[int, ...], deadline: float) -> None:
+        options = self._options()
         for power in powers:
             placement.sharpen(power)
             order = self.generator.permutation(len(placement.option))
-            reconsider(placement, self.options, order)
+            reconsider(placement, options, order)
             for _ in range(EXCHANGES):
                 exchange(placement, DEVICE, self.generator)
                 exchange(placement, HOST, self.generator)
             for _ in range(REBUILDS):
-                rebuild(placement, self.options, self.generator)
+                rebuild(placement, options, self.generator)
             self._keep(placement)
             if self.is_over(deadline):
                 return
+
+    def _options(self) -> list[Ints]:
+        """Of each unit, those worth considering."""
+        candidates = self.relaxation.candidates
+        unit = self.goal.options.unit[candidates]
+        starts = np.searchsorted(unit, np.arange(len(self.goal.problem.units) + 1))
+        return [candidates[a:b] for a, b in pairwise(starts)]
 
     def _keep(self, placement: Placement) -> None:
         if placement.fits and (

@@ -9,14 +9,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import coo_array, csr_array, vstack
 
 from planner.certificate import prove
+from planner.options import WORLD
 from planner.search.objective import Goal
 from planner.shards import Bools, Floats, Ints
+
+
+class Room(NamedTuple):
+    """What a plan leaves free: memory that is filled to the last byte is hard to place."""
+
+    filled: float = 1.0  # share of all memory
+    piece: float = np.inf  # largest item of a device or a host, as a share of a device's memory
+
+
+FULL = Room()
 
 
 @dataclass(frozen=True)
@@ -50,29 +62,29 @@ class Relaxation:
     def _free_memory(self) -> float:
         return max(self.goal.problem.memory_limit - self.goal.problem.fixed_memory, 1.0)
 
-    def solve(self, caps: Floats, floors: Floats, memory: float = 1.0) -> Fractions | None:
+    def solve(self, caps: Floats, floors: Floats, room: Room = FULL) -> Fractions | None:
         """The best fractions where each group's maximum is between its floor and its cap.
 
-        They fill at most the share `memory` of devices and hosts; the bound is for plans that do.
-        None where the solver finds that no plan has such maxima; `excludes` proves it.
+        The bound is for plans that leave such room in memory. None where the solver finds that no
+        plan has such maxima; `excludes` proves it.
         """
-        within = self._within(caps)
+        within = self._within(caps) & self._leaving(room)
         if not self._cover_all_units(np.flatnonzero(within)):
             return None
         chosen = self.candidates[within[self.candidates]]
         solution = None
         if self._cover_all_units(chosen):
-            solution = self._solve_program(chosen, floors, memory)
+            solution = self._solve_program(chosen, floors, room.filled)
         if self.candidates is not self.goal.undominated and (
             solution is None or solution[2].max() > 0
         ):
             # Device memory is scarce: tables in host memory may save some.
             self.candidates = self.goal.undominated
-            return self.solve(caps, floors, memory)
+            return self.solve(caps, floors, room)
         if solution is None:
             return None
         share, load_price, memory_price = solution
-        bound = self.dual_value(within, floors, memory, load_price, memory_price)
+        bound = self.dual_value(within, floors, room.filled, load_price, memory_price)
         return Fractions(bound, chosen, share, share @ self.mean_load[chosen])
 
     def excludes(self, caps: Floats) -> bool:
@@ -84,6 +96,11 @@ class Relaxation:
 
     def _within(self, caps: Floats) -> Bools:
         return self.goal.fits & (self.goal.group_load <= caps * (1 + 1e-12)).all(axis=1)
+
+    def _leaving(self, room: Room) -> Bools:
+        options = self.goal.options
+        small = options.memory <= room.piece * self._free_memory
+        return np.asarray(small | (options.scope == WORLD))
 
     def _cover_all_units(self, options: Ints) -> bool:
         return len(np.unique(self.goal.options.unit[options])) == len(self.goal.problem.units)
