@@ -6,6 +6,7 @@ writes {"plan": its ShardingPlan, "seconds": what its `plan` took, "max_total_ms
 Tables are pooled and unweighted; bandwidths are TorchRec's defaults, devices have 80 GiB, and all
 sharding types are allowed, as they are for shardemb's planner. Kernels are those in device memory:
 where the tables fit there the others are never better, and take its planner several times as long.
+Its search ends after 300 s, not counting the enumeration of options.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from planner.table_list import load_table_list
 from shardemb.sharding.torchrec_plan import torchrec_to_json
 
 DEVICE_MEMORY_BYTES = 80 * 2**30
+SEARCH_SECONDS = 300  # its own limit, after which it takes the best plan so far
 
 
 def main(file: str, shape: str, batch_size: str, variant: str, out: str) -> None:
@@ -79,6 +81,7 @@ def _planner(
         constraints={table.name: _constraints(table) for table in tables},
         stats=NoopEmbeddingStats(),
         debug=False,
+        timeout_seconds=SEARCH_SECONDS,
         **(tuned if variant == "tuned" else {}),
     )
 

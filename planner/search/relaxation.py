@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -110,27 +111,66 @@ class Relaxation:
     ) -> tuple[Floats, Floats, Floats] | None:
         """Shares of the options, prices of load and of memory; None if nothing fits."""
         columns, kinds = self.mean_load.shape[1], self.mean_memory.shape[1]
-        count, units = len(chosen), len(self.goal.problem.units)
-        above_load = np.hstack([self.mean_load[chosen].T, -np.eye(columns)])
-        in_memory = np.hstack([self.mean_memory[chosen].T, np.zeros((kinds, columns))])
+        # Units that are alike share their variables.
+        unit = self.goal.options.unit[chosen]
+        firsts, units = np.unique(self._alike, return_counts=True)
+        own = chosen[np.isin(unit, firsts)]
+        count = len(own)
+        above_load = np.hstack([self.mean_load[own].T, -np.eye(columns)])
+        in_memory = np.hstack([self.mean_memory[own].T, np.zeros((kinds, columns))])
         above_floor = np.hstack([np.zeros((len(floors), count)), -self._members])
-        one_each = coo_array(
-            (np.ones(count), (self.goal.options.unit[chosen], np.arange(count))),
-            shape=(units, count + columns),
+        row = np.searchsorted(firsts, self.goal.options.unit[own])
+        units_of_kind = coo_array(
+            (np.ones(count), (row, np.arange(count))), shape=(len(firsts), count + columns)
         )
         limits = np.concatenate([np.zeros(columns), np.full(kinds, memory), -floors])
         solved = linprog(
             np.concatenate([np.zeros(count), np.ones(columns)]),
             A_ub=vstack([csr_array(part) for part in (above_load, in_memory, above_floor)]),
             b_ub=limits,
-            A_eq=csr_array(one_each),
-            b_eq=np.ones(units),
+            A_eq=csr_array(units_of_kind),
+            b_eq=units,
             method="highs",
         )
         if solved.x is None:
             return None
         prices = -solved.ineqlin.marginals
-        return solved.x[:count], prices[:columns], prices[columns : columns + kinds]
+        share = self._deal(own, solved.x[:count], chosen)
+        return share, prices[:columns], prices[columns : columns + kinds]
+
+    @cached_property
+    def _alike(self) -> Ints:
+        """[units]: the first unit with the same options at the same costs."""
+        options = self.goal.options
+        of_option = [options.sharding_type, options.compute_kernel, options.column_shards]
+        rows = np.column_stack([*of_option, self.mean_load, self.mean_memory])
+        starts = np.searchsorted(options.unit, np.arange(len(self.goal.problem.units) + 1))
+        seen: dict[bytes, int] = {}
+        keys = (rows[a:b].tobytes() for a, b in pairwise(starts))
+        return np.array([seen.setdefault(key, unit) for unit, key in enumerate(keys)])
+
+    def _deal(self, own: Ints, amount: Floats, chosen: Ints) -> Floats:
+        """Shares of all chosen options from the amounts that the first of each kind has of its own.
+
+        The n-th of a kind gets what lies between n and n + 1 when the amounts are laid end to end,
+        so that few units get parts of several options.
+        """
+        unit, alike = self.goal.options.unit, self._alike
+        begin = np.searchsorted(unit[own], alike[unit[chosen]])  # where the first's options are
+        place = np.arange(len(chosen)) - np.searchsorted(unit[chosen], unit[chosen])
+        ends = np.concatenate([[0.0], np.cumsum(amount)])
+        low, high = ends[begin + place] - ends[begin], ends[begin + place + 1] - ends[begin]
+        turn = self._turn[unit[chosen]]
+        return np.asarray(np.maximum(np.minimum(high, turn + 1) - np.maximum(low, turn), 0.0))
+
+    @cached_property
+    def _turn(self) -> Ints:
+        """[units]: how many of its kind come before it."""
+        order = np.argsort(self._alike, kind="stable")
+        kind = self._alike[order]
+        turn = np.empty_like(order)
+        turn[order] = np.arange(len(order)) - np.searchsorted(kind, kind)
+        return turn
 
     def memory_used(self, fractions: Fractions) -> float:
         """Share of the scarcest memory that these fractions take."""

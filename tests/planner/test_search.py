@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.optimize import linprog
 
+from planner.constraints import TableConstraint
+from planner.cost.torchrec_estimate import TorchRecEstimate
+from planner.options import make_problem
 from planner.search.bound import lower_bound
 from planner.search.objective import Goal
 from planner.search.optimize import search
 from planner.search.relaxation import Relaxation
+from planner.tables import TableSpec
+from planner.topology import parse_topology
 from tests.planner.brute_force import best_objective, small_problems
 
 
@@ -69,3 +75,38 @@ def test_a_solver_that_gives_up_proves_nothing_false(
         best = best_objective(problem, objective)
         if best < np.inf:
             assert lower_bound(Relaxation(Goal(problem, objective)), best) <= best * (1 + 1e-9)
+
+
+def test_tables_that_are_alike_share_variables() -> None:
+    """Several of each kind, one of them under a constraint of its own: shares of whole tables, and
+    the value of the program that has variables of its own for every table."""
+    generator = np.random.default_rng(0)
+    sizes = [(int(10 ** generator.uniform(4, 7)), int(generator.choice([16, 64]))) for _ in "abc"]
+    tables = [
+        TableSpec(name=f"t{i}", num_embeddings=n, embedding_dim=d, pooling_factor=5.0)
+        for i, (n, d) in enumerate(sizes * 7)
+    ]
+    topology = parse_topology("2x4xtorchrec-80GB")
+    only = {"t3": TableConstraint(sharding_types=("row_wise",))}
+    goal = Goal(make_problem(tables, topology, TorchRecEstimate(512), 512, only), "stages")
+    relaxation = Relaxation(goal)
+    fractions = relaxation.solve(np.full(2, np.inf), np.zeros(2))
+    assert fractions is not None
+    assert len(np.unique(relaxation._alike)) == 4
+
+    unit = goal.options.unit
+    columns = goal.load.shape[1]
+    above = np.hstack([relaxation.mean_load.T, -np.eye(columns)])
+    each = np.hstack([unit == np.arange(21)[:, None], np.zeros((21, columns))])
+    kinds = relaxation.mean_memory.shape[1]
+    in_memory = np.hstack([relaxation.mean_memory.T, np.zeros((kinds, columns))])
+    price = np.concatenate([np.zeros(len(unit)), np.ones(columns)])
+    limits = np.concatenate([np.zeros(columns), np.ones(kinds)])
+    plain = linprog(price, np.vstack([above, in_memory]), limits, each, np.ones(21))
+    assert fractions.bound == pytest.approx(plain.fun, rel=1e-9)
+    assert fractions.maxima.sum() == pytest.approx(plain.fun, rel=1e-9)
+    of_unit = np.bincount(unit[fractions.chosen], fractions.share)
+    assert of_unit == pytest.approx(np.ones(21))
+    in_parts = (fractions.share > 1e-6) & (fractions.share < 1 - 1e-6)
+    assert in_parts.sum() <= 2 * columns
+    assert fractions.share[unit[fractions.chosen] == 3] == pytest.approx([1])
