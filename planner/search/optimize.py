@@ -180,7 +180,8 @@ class Search:
             uncapped = (np.inf,) * len(caps)
             free = None if caps == uncapped else self._fractions(uncapped, room)
             mean = np.ones(len(caps)) if free is None else self.relaxation.group_sums(free.maxima)
-            absolute = np.array(caps) * mean
+            absolute = np.full(len(caps), np.inf)
+            np.multiply(caps, mean, out=absolute, where=np.isfinite(caps))
             self.fractions[key] = self.relaxation.solve(absolute, np.zeros(len(caps)), room)
         return self.fractions[key]
 
