@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from launch.data import Json, Overrides, data_app
+from launch.data_stats import stats
 from launch.plan import SOURCES
 from planner import Topology
 from planner.cli import plan_app, run, stderr
@@ -19,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     help="Train recommender models whose embedding tables are too large for one device.",
 )
+data_app.command()(stats)
 app.add_typer(data_app, name="data")
 app.add_typer(plan_app, name="plan", context_settings={"obj": SOURCES})
 

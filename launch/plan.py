@@ -64,8 +64,10 @@ def _run_config(path: Path, overrides: Sequence[str]) -> RunConfig | None:
 
 
 def _tables(config: RunConfig) -> TableList:
+    from shardemb.planning import tables_to_plan
+
     return TableList(
-        batch_size_per_rank=config.train.batch_size, tables=tuple(config.table_specs())
+        batch_size_per_rank=config.train.batch_size, tables=tuple(tables_to_plan(config))
     )
 
 
@@ -79,6 +81,7 @@ def _as_asked(config: RunConfig, request: PlanRequest) -> RunConfig:
     options = {"constraints": constraints, "cost": request.cost, "objective": request.objective}
     changed = {
         "sharding": _changed(sharding, options),
+        "data": _changed(config.data, {"stats": request.data_stats}),
         "train": _changed(config.train, {"batch_size": request.batch_size}),
         "seed": request.seed,
     }

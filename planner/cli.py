@@ -61,7 +61,7 @@ app.add_typer(plan_app, name="plan")
 stderr = Console(stderr=True)
 
 
-def _stdout() -> Console:
+def stdout() -> Console:
     """As wide as the terminal; in a file or a pipe as wide as our tables are at most."""
     console = Console()
     return console if console.is_terminal else Console(width=WIDTH)
@@ -108,6 +108,10 @@ DenseBytes = Annotated[
     str | None,
     typer.Option(metavar="BYTES", help="what the dense model takes on each device, as 1.5GiB"),
 ]
+DataStats = Annotated[
+    Path | None,
+    typer.Option(metavar="stats.json", help="what `shardemb data stats` found: pooling, reuse"),
+]
 OutPlan = Annotated[
     Path | None, typer.Option("--out", metavar="plan.json", help="write the plan here")
 ]
@@ -128,6 +132,7 @@ def make(
     time_budget: TimeBudget = None,
     constraints: Constraints = None,
     dense_bytes: DenseBytes = None,
+    data_stats: DataStats = None,
     out: OutPlan = None,
     html: Html = None,
     as_json: Json = False,
@@ -148,6 +153,7 @@ def make(
         time_budget=time_budget,
         constraints=constraints,
         dense_bytes=dense_bytes,
+        data_stats=data_stats,
     )
     with stderr.status("planning"), _reported(as_json):
         plan = _sources(ctx).make_plan(path, overrides or (), request)
@@ -180,7 +186,7 @@ def diff(
     if as_json:
         _print_json(difference.to_dict())
     else:
-        print_difference(difference, _stdout())
+        print_difference(difference, stdout())
 
 
 @plan_app.command()
@@ -197,7 +203,7 @@ def explain(
     if as_json:
         _print_json(explanation.to_dict())
     else:
-        print_explanation(explanation, _stdout())
+        print_explanation(explanation, stdout())
 
 
 @plan_app.command()
@@ -255,7 +261,7 @@ def sweep(
     if as_json:
         _print_json(swept.to_dict())
     else:
-        print_sweep(swept, _stdout())
+        print_sweep(swept, stdout())
 
 
 @plan_app.command("export")
@@ -356,7 +362,7 @@ def _show(plan: Plan, html: Path | None, as_json: bool) -> None:
         return
     from planner.report import print_plan
 
-    print_plan(plan, _stdout())
+    print_plan(plan, stdout())
 
 
 def _print_json(document: dict[str, Any]) -> None:

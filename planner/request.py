@@ -13,6 +13,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from planner.constraints import TableConstraint
 from planner.cost.stages import CostModel
+from planner.data_stats import with_statistics
 from planner.errors import RequestError
 from planner.plan import Objective, Plan
 from planner.strict_yaml import read_yaml
@@ -39,6 +40,7 @@ class PlanRequest:
     time_budget: float | None = None
     constraints: Path | None = None
     dense_bytes: str | None = None
+    data_stats: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ def _is_json(path: Path) -> bool:
 def plan_tables(path: Path, overrides: Sequence[str], request: PlanRequest) -> Plan:
     """The plan for a table list."""
     tables = read_tables(path, overrides)
+    if request.data_stats:
+        found = with_statistics(tables.tables, request.data_stats)
+        tables = tables.model_copy(update={"tables": found})
     if request.topology is None:
         raise RequestError(
             "name the devices to plan for: --topology HOSTSxDEVICESxKIND, for example "

@@ -46,12 +46,10 @@ def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """The keys that the section at `location` takes."""
     annotation: Any = model
     for part in location:
-        while get_origin(annotation) in (Annotated, Union, types.UnionType):
-            annotation = get_args(annotation)[0]
         if get_origin(annotation) is dict:
             annotation = get_args(annotation)[1]
         else:
             annotation = annotation.model_fields[part].annotation
-    while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
+        while get_origin(annotation) in (Annotated, Union, types.UnionType):
+            annotation = get_args(annotation)[0]
     return list(annotation.model_fields)

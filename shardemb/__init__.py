@@ -10,7 +10,7 @@ from typing import Any
 
 _PUBLIC = {
     "Batch": "shardemb.data.batch",
-    "BatchSchema": "shardemb.data.columns",
+    "BatchSchema": "shardemb.data.schema",
     "DenseOptimizerConfig": "shardemb.config",
     "FeatureSchema": "shardemb.data.columns",
     "ParquetReader": "shardemb.data.parquet",

@@ -51,25 +51,51 @@ class FeatureConfig(_Section):
     """How one sparse feature is read."""
 
     column: str | None = Field(default=None, description="Parquet column; default: its own name")
-    ids: Literal["as_is", "hash"] = Field(
-        default="as_is", description="as_is: ids are rows of the table; hash: any id, hashed"
+    ids: Literal["as_is", "hash", "vocabulary"] = Field(
+        default="as_is",
+        description="as_is: ids are rows of the table; hash: any id, hashed; vocabulary: values of "
+        "a file are rows 0, 1, ...",
+    )
+    hash_seed: int = Field(default=0, ge=0, lt=2**63)
+    num_hashes: int = Field(
+        default=1, gt=0, description="rows that each id is hashed to, for tables far too small"
+    )
+    vocabulary: str | None = Field(
+        default=None, description="Parquet file with a column `value`, or text, a value a line"
+    )
+    oov_rows: int = Field(
+        default=1, gt=0, description="rows after the vocabulary's that all other values share"
     )
     weights: str | None = Field(default=None, description="column of weights, one for each id")
     null_row: int | None = Field(
         default=None, ge=0, description="row that stands for a null id; default: a null has no id"
     )
 
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> FeatureConfig:
+        if (self.vocabulary is None) is (self.ids == "vocabulary"):
+            raise ValueError("`ids: vocabulary` and the file `vocabulary` go together; name both")
+        if self.num_hashes > 1 and self.ids != "hash":
+            raise ValueError(f"num_hashes: ids are {self.ids}; set `ids: hash`, or leave it out")
+        return self
+
 
 class DataConfig(_Section):
     """The data set: a folder with train/ and test/ in it, each of Parquet files."""
 
-    dir: Path
+    dir: str = Field(description="a folder, a glob of folders, or a URL: s3://bucket/folder")
     label: str = "label"
     dense: DenseConfig = DenseConfig()
     features: dict[str, FeatureConfig] = Field(
         default_factory=dict, description="only where a feature is not simply a column of ids"
     )
     shuffle: bool = Field(default=True, description="row groups and rows, anew each epoch")
+    stats: Path | None = Field(
+        default=None, description="stats.json of `shardemb data stats`: pooling and reuse, to plan"
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop", description="skip: leave out row groups that are damaged, and count them"
+    )
 
     @field_validator("features", mode="before")
     @classmethod
@@ -78,7 +104,13 @@ class DataConfig(_Section):
 
     def splits(self) -> list[str]:
         """`train`, and `test` where the data set has one."""
-        return ["train", "test"] if (self.dir / "test").is_dir() else ["train"]
+        from shardemb.data.sources import has_folder  # here: the planner does without Arrow
+
+        return ["train", "test"] if has_folder(self.split("test")) else ["train"]
+
+    def split(self, name: str) -> str:
+        """Where the files of a split are."""
+        return f"{self.dir.rstrip('/')}/{name}"
 
 
 def _nothing_required(schema: dict[str, Any]) -> None:
@@ -257,6 +289,10 @@ class RunConfig(_Section):
     def feature(self, name: str) -> FeatureConfig:
         return self.data.features.get(name, FeatureConfig())
 
+    def _hashes(self, features: list[str]) -> float:
+        """Rows that an id is hashed to, on average over the features."""
+        return sum(self.feature(name).num_hashes for name in features) / len(features)
+
     def table_specs(self) -> list[TableSpec]:
         """The tables as the planner knows them."""
         return [
@@ -265,7 +301,7 @@ class RunConfig(_Section):
                 num_embeddings=table.num_embeddings,
                 embedding_dim=table.embedding_dim,
                 feature_names=tuple(table.feature_names or [name]),
-                pooling_factor=table.pooling_factor,
+                pooling_factor=table.pooling_factor * self._hashes(table.feature_names or [name]),
                 dtype=table.dtype,
                 weighted=any(
                     self.feature(feature).weights for feature in table.feature_names or [name]

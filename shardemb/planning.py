@@ -13,6 +13,7 @@ from planner.constraints import TableConstraint
 from planner.cost.analytic import AnalyticCost
 from planner.cost.stages import CostModel
 from planner.cost.torchrec_estimate import TorchRecEstimate
+from planner.data_stats import with_statistics
 from planner.geometry import SHARDING_TYPES
 from planner.hardware import PRESETS, Hardware, preset
 from planner.topology import parse_topology
@@ -24,9 +25,15 @@ _COST_MODELS: dict[str, Callable[[int], CostModel]] = {
 }
 
 
+def tables_to_plan(config: RunConfig) -> list[TableSpec]:
+    """The config's, with what `data.stats` says of them."""
+    tables, stats = config.table_specs(), config.data.stats
+    return list(with_statistics(tables, stats)) if stats else tables
+
+
 def plan_run(config: RunConfig, topology: Topology) -> Plan:
     """The plan that the config names, or one by its rules, or the planner's."""
-    tables, sharding = config.table_specs(), config.sharding
+    tables, sharding = tables_to_plan(config), config.sharding
     if sharding.plan is not None:
         plan = Plan.load(sharding.plan)
         plan.check_fits(tables, topology)

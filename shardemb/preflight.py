@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from planner import Topology
 from shardemb.config import RunConfig
-from shardemb.data.columns import BatchSchema
 from shardemb.data.dataset import read_info
-from shardemb.data.footers import parquet_files, read_row_groups
+from shardemb.data.footers import read_windows
+from shardemb.data.ids import check_vocabularies
+from shardemb.data.schema import BatchSchema
+from shardemb.data.sources import parquet_files
 from shardemb.planning import plan_run
 from shardemb.run_directory import check_output
 from shardemb.sharding.limits import refuse_unsupported
@@ -19,5 +21,6 @@ def check_run(config: RunConfig, topology: Topology) -> None:
     check_output(config.output)
     read_info(config.data.dir)
     schema = BatchSchema.from_config(config)
+    check_vocabularies(schema)
     for split in config.data.splits():
-        read_row_groups(parquet_files(config.data.dir / split), schema, topology.world_size)
+        read_windows(parquet_files(config.data.split(split)), schema)

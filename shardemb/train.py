@@ -17,6 +17,7 @@ from shardemb.quiet import silence_libraries
 from shardemb.run_directory import RunDirectory, summarize, without_nan
 
 if TYPE_CHECKING:
+    from shardemb.data.order import Window
     from shardemb.data.parquet import ParquetReader
     from shardemb.metrics.evaluation import Evaluation
     from shardemb.metrics.run_log import RunLog
@@ -63,8 +64,11 @@ def run(config: RunConfig) -> None:
         _tell(f"training on {topology.world_size} x {device.type}")
         with directory or nullcontext():
             progress, evaluation = _train(config, trainer, train_data, test_data, directory)
+            result = _result(plan, progress, evaluation)
+            if config.data.on_error == "skip":
+                result["skipped_rows"] = _skipped_rows(train_data, test_data)
             if directory:
-                result = without_nan(_result(plan, progress, evaluation))
+                result = without_nan(result)
                 directory.write_result(result)
                 if not has_launcher():
                     print(summarize(config, result))
@@ -82,7 +86,19 @@ def _try_first_batch(*readers: ParquetReader | None) -> None:
     """Have a mistake that is everywhere in the data told now: the test split is read last."""
     for reader in readers:
         if reader:
-            next(reader.epoch())
+            batches = reader.epoch()
+            next(batches)
+            batches.close()
+
+
+def _skipped_rows(*readers: ParquetReader | None) -> int:
+    """Of the damaged row groups that any rank came upon; a collective."""
+    import torch.distributed as dist
+
+    own = {window for reader in readers if reader for window in reader.skipped}
+    ranks: list[set[Window]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return sum(window.rows for window in set().union(*ranks))
 
 
 def _train(
@@ -110,15 +126,16 @@ def _train(
 
 
 def _reader(config: RunConfig, split: str) -> ParquetReader:
-    from shardemb.data.columns import BatchSchema
     from shardemb.data.parquet import ParquetReader
+    from shardemb.data.schema import BatchSchema
 
     return ParquetReader(
-        config.data.dir / split,
+        config.data.split(split),
         BatchSchema.from_config(config),
         batch_size=config.train.batch_size,
         shuffle=config.data.shuffle and split == "train",
         seed=config.seed,
+        skip_damaged=config.data.on_error == "skip",
     )
 
 

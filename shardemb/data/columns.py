@@ -2,96 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from planner import TableSpec, UserError
-from shardemb.config import RunConfig
-from shardemb.data.hashing import hash_ids, strings_to_ids
-
-
-@dataclass(frozen=True)
-class FeatureSchema:
-    """One sparse feature: where its ids are and which rows of which table they mean."""
-
-    name: str
-    table: str
-    num_embeddings: int
-    column: str
-    ids: Literal["as_is", "hash"] = "as_is"
-    weights: str | None = None
-    null_row: int | None = None
-
-
-@dataclass(frozen=True)
-class BatchSchema:
-    """Which columns become which parts of a batch."""
-
-    label: str
-    dense: tuple[str, ...] = ()
-    dense_transform: Literal["none", "log"] = "none"
-    dense_null_value: float = 0.0
-    features: tuple[FeatureSchema, ...] = ()
-
-    @property
-    def columns(self) -> list[str]:
-        named = [self.label, *self.dense]
-        for feature in self.features:
-            named += [feature.column] + ([feature.weights] if feature.weights else [])
-        return list(dict.fromkeys(named))
-
-    @property
-    def is_weighted(self) -> bool:
-        return any(feature.weights for feature in self.features)
-
-    @classmethod
-    def for_tables(
-        cls,
-        tables: Iterable[TableSpec],
-        *,
-        label: str = "label",
-        dense: Sequence[str] = (),
-        dense_transform: Literal["none", "log"] = "none",
-        ids: Literal["as_is", "hash"] = "as_is",
-    ) -> BatchSchema:
-        """Every feature of `tables` read from the column of its name."""
-        features = {
-            name: FeatureSchema(name, table.name, table.num_embeddings, column=name, ids=ids)
-            for table in sorted(tables, key=lambda t: -t.num_embeddings)
-            for name in table.feature_names
-        }
-        return cls(label, tuple(dense), dense_transform, features=tuple(features.values()))
-
-    @classmethod
-    def from_config(cls, config: RunConfig) -> BatchSchema:
-        """Each feature once; one used by several tables must fit the smallest of them."""
-        features: dict[str, FeatureSchema] = {}
-        for table in sorted(config.table_specs(), key=lambda t: -t.num_embeddings):
-            for name in table.feature_names:
-                read = config.feature(name)
-                features[name] = FeatureSchema(
-                    name=name,
-                    table=table.name,
-                    num_embeddings=table.num_embeddings,
-                    column=read.column or name,
-                    ids=read.ids,
-                    weights=read.weights,
-                    null_row=read.null_row,
-                )
-        order = dict.fromkeys(n for table in config.table_specs() for n in table.feature_names)
-        return cls(
-            label=config.data.label,
-            dense=tuple(config.data.dense.columns),
-            dense_transform=config.data.dense.transform,
-            dense_null_value=config.data.dense.null_value,
-            features=tuple(features[name] for name in order),
-        )
+from planner import UserError
+from shardemb.data.ids import rows_of_values
+from shardemb.data.schema import BatchSchema, FeatureSchema
 
 
 @dataclass(frozen=True)
@@ -105,74 +27,95 @@ class Origin:
         return f"{self.file}, row {self.first_row + index}"
 
 
+Order = NDArray[np.int64] | slice  # of rows: some of them one after the other, or any
+
+
 @dataclass(frozen=True)
 class Bags:
-    """The ids of one feature: those of row i are ids[offsets[i]:offsets[i + 1]]."""
+    """The ids of one feature: `width` in each row, or where rows differ (None) those of row i at
+    offsets[i]:offsets[i + 1]."""
 
-    ids: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    weights: NDArray[np.float32] | None
+    ids: NDArray[Any]  # of any integer type
+    width: int | None
+    offsets: NDArray[np.int64] | None = None
+    weights: NDArray[np.float32] | None = None
 
-    def slice(self, start: int, stop: int) -> Bags:
-        first, last = self.offsets[start], self.offsets[stop]
-        return Bags(
-            ids=self.ids[first:last],
-            offsets=self.offsets[start : stop + 1] - first,
-            weights=None if self.weights is None else self.weights[first:last],
-        )
+    def lengths(self, rows: int) -> NDArray[np.int64]:
+        """How many ids each of the `rows` rows has."""
+        if self.offsets is None:
+            assert self.width is not None
+            return np.full(rows, self.width)
+        return np.diff(self.offsets)
 
-    def take(self, order: NDArray[np.int64]) -> Bags:
-        """The bags of rows order[0], order[1] ..."""
-        values, lengths = self.offsets[order], np.diff(self.offsets)[order]
+    def take(self, order: Order) -> Bags:
+        """The bags of these rows, in this order."""
+        if self.offsets is None:
+            return replace(self, ids=self._rows(self.ids, order), weights=self._weights(order))
+        if isinstance(order, slice):
+            order = np.arange(order.start, order.stop)
+        lengths = np.diff(self.offsets)[order]
         offsets = _offsets(lengths)
-        if not (lengths == 1).all():
-            shift = np.repeat(values - offsets[:-1], lengths)
-            values = np.arange(len(shift)) + shift
+        values = np.arange(offsets[-1]) + np.repeat(self.offsets[order] - offsets[:-1], lengths)
         weights = None if self.weights is None else self.weights[values]
-        return Bags(self.ids[values], offsets, weights)
+        return Bags(self.ids[values], None, offsets, weights)
+
+    def _rows(self, values: NDArray[Any], order: Order) -> NDArray[Any]:
+        if self.width == 1:
+            return values[order]
+        return values.reshape(-1, self.width or 1)[order].reshape(-1) if self.width else values
+
+    def _weights(self, order: Order) -> NDArray[np.float32] | None:
+        return None if self.weights is None else self._rows(self.weights, order)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive rows, converted: `labels` [n], `dense` [n, columns], `bags` one a feature."""
+    """Rows, converted: `labels` [n], `dense` one [n] a feature with NaN for null, `bags` one a
+    feature."""
 
     labels: NDArray[np.float32]
-    dense: NDArray[np.float32]
+    dense: tuple[NDArray[Any], ...]
     bags: tuple[Bags, ...]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def slice(self, start: int, stop: int) -> Piece:
-        return Piece(
-            labels=self.labels[start:stop],
-            dense=self.dense[start:stop],
-            bags=tuple(bags.slice(start, stop) for bags in self.bags),
-        )
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """Ids of each feature in a row; None where rows differ."""
+        widths = tuple(bags.width for bags in self.bags if bags.width is not None)
+        return widths if len(widths) == len(self.bags) else None
 
-    def take(self, order: NDArray[np.int64]) -> Piece:
-        bags = tuple(bags.take(order) for bags in self.bags)
-        return Piece(self.labels[order], self.dense[order], bags)
+    def take(self, order: Order) -> Piece:
+        dense = tuple(column[order] for column in self.dense)
+        return Piece(self.labels[order], dense, tuple(bags.take(order) for bags in self.bags))
 
 
 def concatenate(pieces: Sequence[Piece]) -> Piece:
     """The rows of one piece after those of another."""
     if len(pieces) == 1:
         return pieces[0]
-    bags = []
-    for parts in zip(*(piece.bags for piece in pieces), strict=True):
-        weights = [part.weights for part in parts if part.weights is not None]
-        bags.append(
-            Bags(
-                ids=np.concatenate([part.ids for part in parts]),
-                offsets=_offsets(np.concatenate([np.diff(part.offsets) for part in parts])),
-                weights=np.concatenate(weights) if weights else None,
-            )
-        )
     return Piece(
         labels=np.concatenate([piece.labels for piece in pieces]),
-        dense=np.concatenate([piece.dense for piece in pieces]),
-        bags=tuple(bags),
+        dense=tuple(map(np.concatenate, zip(*(piece.dense for piece in pieces), strict=True))),
+        bags=tuple(
+            _concatenate_bags(bags, [len(piece) for piece in pieces])
+            for bags in zip(*(piece.bags for piece in pieces), strict=True)
+        ),
+    )
+
+
+def _concatenate_bags(parts: Sequence[Bags], rows: Sequence[int]) -> Bags:
+    ids = np.concatenate([part.ids for part in parts])
+    weights = [part.weights for part in parts if part.weights is not None]
+    widths = {part.width for part in parts}
+    width = widths.pop() if len(widths) == 1 else None
+    lengths = [part.lengths(n) for part, n in zip(parts, rows, strict=True)]
+    return Bags(
+        ids=ids,
+        width=width,
+        offsets=_offsets(np.concatenate(lengths)) if width is None else None,
+        weights=np.concatenate(weights) if weights else None,
     )
 
 
@@ -182,14 +125,21 @@ def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def convert(table: pa.Table, schema: BatchSchema, origin: Origin) -> Piece:
     """`table` as arrays. UserError names the feature, file and row of a value that is wrong."""
-    arrays = {name: table.column(name).combine_chunks() for name in schema.columns}
+    arrays = _arrays(table)
     return Piece(
         labels=_labels(arrays[schema.label], schema.label, origin),
-        dense=_dense(arrays, schema, origin),
+        dense=tuple(_dense(arrays[name], name, origin) for name in schema.dense),
         bags=tuple(
             _bags(arrays, feature, schema.is_weighted, origin) for feature in schema.features
         ),
     )
+
+
+def _arrays(table: pa.Table) -> dict[str, pa.Array]:
+    """Each column in one piece."""
+    batches = table.to_batches()
+    (batch,) = batches if len(batches) == 1 else table.combine_chunks().to_batches()
+    return dict(zip(batch.schema.names, batch.columns, strict=True))
 
 
 def element_type(kind: pa.DataType) -> pa.DataType:
@@ -198,129 +148,142 @@ def element_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if is_list or pa.types.is_fixed_size_list(kind) else kind
 
 
-def _float32(array: pa.Array) -> NDArray[np.float32]:
-    """Rounded to float32; nulls become NaN."""
-    return pc.cast(array, pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+def _numbers(array: pa.Array) -> NDArray[Any]:
+    """The values, without a copy where there are no nulls; nulls become NaN."""
+    if pa.types.is_boolean(array.type):
+        array = array.cast(pa.uint8())
+    if not array.null_count:
+        return array.to_numpy()
+    valid, values = array.buffers()
+    rows = slice(array.offset, array.offset + len(array))
+    numbers = np.frombuffer(values, array.type.to_pandas_dtype())[rows].astype(np.float32)
+    numbers += _NAN_OF_BITS[np.frombuffer(valid, np.uint8)].reshape(-1)[rows]
+    return numbers
+
+
+# For each byte of a validity bitmap, what to add to eight numbers: NaN to the null ones.
+_NAN_OF_BITS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, np.nan
+).astype(np.float32)
 
 
 def _labels(array: pa.Array, name: str, origin: Origin) -> NDArray[np.float32]:
-    labels = _float32(array)
-    wrong = ~((labels >= 0) & (labels <= 1))
-    if wrong.any():
-        index = int(np.argmax(wrong))
+    labels = _numbers(array)
+    if not (labels.min() >= 0 and labels.max() <= 1):  # NaN is neither
+        index = int(np.argmin((labels >= 0) & (labels <= 1)))
         raise UserError(
             f"{origin.row(index)}: the label (column {name}) is {_shown(array[index])}, it must be "
             "from 0 to 1; remove such rows from the data"
         )
-    return labels
+    return labels.astype(np.float32, copy=False)
 
 
 def _shown(value: pa.Scalar) -> str:
     return "null" if value.as_py() is None else str(value.as_py())
 
 
-def _dense(arrays: dict[str, pa.Array], schema: BatchSchema, origin: Origin) -> NDArray[np.float32]:
-    """[rows, columns]; a NaN in the data means the same as a null."""
-    dense = np.empty((len(arrays[schema.label]), len(schema.dense)), np.float32)
-    for column, name in enumerate(schema.dense):
-        dense[:, column] = _float32(arrays[name])
-    infinite = np.isinf(dense)
+def _dense(array: pa.Array, name: str, origin: Origin) -> NDArray[Any]:
+    """Numbers that are finite in 32 bits, or NaN."""
+    if not pa.types.is_floating(array.type):
+        return _numbers(array)
+    with np.errstate(over="ignore"):
+        numbers = _numbers(array).astype(np.float32, copy=False)
+    infinite = np.isinf(numbers)
     if infinite.any():
-        index, column = np.argwhere(infinite)[0]
-        name = schema.dense[column]
+        index = int(infinite.argmax())
         raise UserError(
-            f"{origin.row(index)}: dense feature {name} is {arrays[name][int(index)].as_py()}, "
+            f"{origin.row(index)}: dense feature {name} is {_shown(array[index])}, "
             "which is no finite 32-bit float; correct it or make it null"
         )
+    return numbers
+
+
+def transform_dense(values: NDArray[np.float32], schema: BatchSchema) -> None:
+    """In place; a NaN in the data means the same as a null."""
     if schema.dense_transform == "log":
-        dense = np.sign(dense) * np.log1p(np.abs(dense))
-    dense[np.isnan(dense)] = schema.dense_null_value
-    return dense
+        logs = np.abs(values)
+        np.log1p(logs, out=logs)
+        np.copysign(logs, values, out=values)
+    is_null = np.isnan(values)
+    if is_null.any():
+        values[is_null] = schema.dense_null_value
 
 
 def _bags(
     arrays: dict[str, pa.Array], feature: FeatureSchema, weighted: bool, origin: Origin
 ) -> Bags:
-    values, lengths = _values_and_lengths(arrays[feature.column])
-    weights = _weights(arrays, feature, lengths, origin) if weighted else None
+    values, width, offsets = _values_of_rows(arrays[feature.column])
+    rows = len(arrays[feature.column])
+    weights = None
+    if weighted:
+        weights = _weights(arrays, feature, values, width, offsets, origin)
     if values.null_count and feature.null_row is None:
         # A null names no row: it adds nothing to its bag.
         valid = values.is_valid().to_numpy(zero_copy_only=False)
-        bag_of_value = np.repeat(np.arange(len(lengths)), lengths)[valid]
-        lengths = np.bincount(bag_of_value, minlength=len(lengths))
+        lengths = np.full(rows, width) if offsets is None else np.diff(offsets)
+        bag_of_value = np.repeat(np.arange(rows), lengths)[valid]
+        width, offsets = None, _offsets(np.bincount(bag_of_value, minlength=rows))
         weights = None if weights is None else weights[valid]
         values = values.drop_null()
-    offsets = _offsets(lengths)
+
+    def row_of(value: int) -> str:
+        """Where the value of this number is."""
+        if offsets is None:
+            return origin.row(value // (width or 1))
+        return origin.row(int(np.searchsorted(offsets, value, side="right")) - 1)
+
     if weights is not None and not np.isfinite(weights).all():
-        index = _row_of(int(np.argmin(np.isfinite(weights))), offsets)
         raise UserError(
-            f"{origin.row(index)}: feature {feature.name} has a null, NaN or infinite weight "
-            f"(column {feature.weights})"
+            f"{row_of(int(np.argmin(np.isfinite(weights))))}: feature {feature.name} has a null, "
+            f"NaN or infinite weight (column {feature.weights})"
         )
-    return Bags(_rows(values, offsets, feature, origin), offsets, weights)
+    rows_of_table = rows_of_values(values, feature, row_of)
+    hashes = feature.num_hashes
+    if hashes == 1:
+        return Bags(rows_of_table, width, offsets, weights)
+    return Bags(
+        rows_of_table,
+        width=None if width is None else width * hashes,
+        offsets=None if offsets is None else offsets * hashes,
+        weights=None if weights is None else np.repeat(weights, hashes),
+    )
 
 
-def _row_of(value: int, offsets: NDArray[np.int64]) -> int:
-    """The row, among those of `offsets`, that has the value of this number."""
-    return int(np.searchsorted(offsets, value, side="right")) - 1
+def _values_of_rows(array: pa.Array) -> tuple[pa.Array, int | None, NDArray[np.int64] | None]:
+    """All values one after the other, and how many each row has: all as many, or the offsets.
 
-
-def _values_and_lengths(array: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
-    """All values one after the other, and how many each row has; a null list has none."""
+    A null list has no values.
+    """
     if not pa.types.is_nested(array.type):
-        return array, np.ones(len(array), np.int64)
-    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    return array.flatten(), lengths.astype(np.int64)
+        return array, 1, None
+    lengths = pc.list_value_length(array)
+    if array.null_count:
+        lengths = pc.fill_null(lengths, 0)
+    lengths = lengths.to_numpy()
+    if len(lengths) and (lengths == lengths[0]).all():
+        return array.flatten(), int(lengths[0]), None
+    return array.flatten(), None, _offsets(lengths)
 
 
 def _weights(
-    arrays: dict[str, pa.Array], feature: FeatureSchema, lengths: NDArray[np.int64], origin: Origin
+    arrays: dict[str, pa.Array],
+    feature: FeatureSchema,
+    ids: pa.Array,
+    width: int | None,
+    offsets: NDArray[np.int64] | None,
+    origin: Origin,
 ) -> NDArray[np.float32]:
+    """One for each id; 1 for those of a feature without weights."""
     if feature.weights is None:
-        return np.ones(int(lengths.sum()), np.float32)
-    values, found = _values_and_lengths(arrays[feature.weights])
-    if (found != lengths).any():
-        index = int(np.argmax(found != lengths))
+        return np.ones(len(ids), np.float32)
+    values, other_width, other_offsets = _values_of_rows(arrays[feature.weights])
+    if width != other_width or (offsets is not None and (offsets != other_offsets).any()):
+        rows = len(arrays[feature.column])
+        wanted = np.full(rows, width) if offsets is None else np.diff(offsets)
+        found = np.full(rows, other_width) if other_offsets is None else np.diff(other_offsets)
+        index = int(np.argmax(found != wanted))
         raise UserError(
-            f"{origin.row(index)}: feature {feature.name} has {lengths[index]} ids "
+            f"{origin.row(index)}: feature {feature.name} has {wanted[index]} ids "
             f"and {found[index]} weights (column {feature.weights}); each id needs one weight"
         )
-    return _float32(values)
-
-
-def _rows(
-    values: pa.Array, offsets: NDArray[np.int64], feature: FeatureSchema, origin: Origin
-) -> NDArray[np.int64]:
-    """Table rows for the values of one feature."""
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        values = strings_to_ids(values)
-    is_null = values.is_null().to_numpy(zero_copy_only=False) if values.null_count else None
-    filled = pc.fill_null(values, 0) if values.null_count else values
-    # Casts wrap: ids beyond int64 hash well, and are negative for the range check.
-    ids = pc.cast(filled, pa.int64(), safe=False).to_numpy(zero_copy_only=False)
-    if feature.ids == "hash":
-        rows = hash_ids(ids, feature.num_embeddings, feature.null_row)
-    else:
-        _check_range(ids, filled, offsets, feature, origin)
-        rows = ids
-    if is_null is not None and feature.null_row is not None:
-        rows = np.where(is_null, feature.null_row, rows)
-    return rows
-
-
-def _check_range(
-    ids: NDArray[np.int64],
-    values: pa.Array,
-    offsets: NDArray[np.int64],
-    feature: FeatureSchema,
-    origin: Origin,
-) -> None:
-    if len(ids) == 0 or (ids.min() >= 0 and ids.max() < feature.num_embeddings):
-        return
-    wrong = int(np.argmax((ids < 0) | (ids >= feature.num_embeddings)))
-    raise UserError(
-        f"{origin.row(_row_of(wrong, offsets))}: feature {feature.name} has id {values[wrong]}, "
-        f"outside table {feature.table}, whose rows are 0 to {feature.num_embeddings - 1}. Raise "
-        f"tables.{feature.table}.num_embeddings above the largest id, or hash the ids into the "
-        f"table with data.features.{feature.name}.ids: hash"
-    )
+    return _numbers(values).astype(np.float32, copy=False)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from planner.errors import RequestError, UserError
+from shardemb.data.sources import read_bytes
 
 INFO_FILE = "dataset.json"
 ROW_GROUP_ROWS = 8192
@@ -35,16 +36,30 @@ class BestReachable(BaseModel):
     logloss: float
 
 
-class DatasetInfo(BaseModel):
-    """What `dataset.json` says about the folder it lies in."""
+class VocabularyInfo(BaseModel):
+    """Ids 0 to `size` - 1 are known values; the `oov_rows` after them share all others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["criteo", "synthetic"]
+    size: int
+    oov_rows: int
+
+
+class DatasetInfo(BaseModel):
+    """What `dataset.json` says about the folder it lies in.
+
+    `num_embeddings` has the features whose ids are rows of a table, and how many it needs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["criteo", "csv", "jsonl", "movielens", "synthetic", "tsv"]
     rows: dict[str, int]
     label: str
     dense: list[str]
     sparse: list[str]
+    num_embeddings: dict[str, int] = {}
+    vocabularies: dict[str, VocabularyInfo] = {}
     best_reachable: BestReachable | None = None
 
 
@@ -52,11 +67,11 @@ def write_info(folder: Path, info: DatasetInfo) -> None:
     (folder / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n")
 
 
-def read_info(folder: Path) -> DatasetInfo | None:
+def read_info(folder: str | Path) -> DatasetInfo | None:
     """The folder's `dataset.json`, or None where there is none; a UserError if it is damaged."""
-    path = folder / INFO_FILE
+    path = f"{folder}/{INFO_FILE}"
     try:
-        return DatasetInfo.model_validate_json(path.read_bytes())
+        return DatasetInfo.model_validate_json(read_bytes(path))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -78,11 +93,26 @@ def default_row_group_rows(rows: int | None) -> int:
     return max(1, min(ROW_GROUP_ROWS, -(-rows // ROW_GROUPS_AT_LEAST)))
 
 
+def rows_of_part(row_group_rows: int, rows_per_file: int = ROWS_PER_FILE) -> int:
+    """Rows of every part of a split but its last: whole row groups, at least `rows_per_file`."""
+    if row_group_rows < 1 or rows_per_file < 1:
+        raise RequestError(
+            f"row groups of {row_group_rows} rows in files of {rows_per_file} rows: both must "
+            f"be at least 1 (the default is {ROW_GROUP_ROWS} in {ROWS_PER_FILE})"
+        )
+    return row_group_rows * -(-rows_per_file // row_group_rows)
+
+
+def part_file(folder: Path, split: str, number: int) -> Path:
+    return folder / split / f"part-{number:05d}.parquet"
+
+
 class SplitWriter:
     """Writes the rows of one split: equal row groups, a new part every `rows_per_file` rows.
 
-    Row groups do not depend on the size of what comes in: only a split's last one can be
-    shorter. A part ends with a whole row group. A split without rows has no folder.
+    Parts are numbered from `first_part` on. Row groups do not depend on the size of what comes in:
+    only a split's last one can be shorter. A part ends with a whole row group. A split without
+    rows has no folder.
     """
 
     def __init__(
@@ -92,20 +122,16 @@ class SplitWriter:
         *,
         row_group_rows: int = ROW_GROUP_ROWS,
         rows_per_file: int = ROWS_PER_FILE,
+        first_part: int = 0,
     ) -> None:
-        if row_group_rows < 1 or rows_per_file < 1:
-            raise RequestError(
-                f"row groups of {row_group_rows} rows in files of {rows_per_file} rows: both must "
-                f"be at least 1 (the default is {ROW_GROUP_ROWS} in {ROWS_PER_FILE})"
-            )
         self.rows = 0
-        self._folder = folder / split
+        self._folder, self._split = folder, split
         self._row_group_rows = row_group_rows
-        self._rows_per_part = row_group_rows * -(-rows_per_file // row_group_rows)
+        self._rows_per_part = rows_of_part(row_group_rows, rows_per_file)
         self._pending: list[pa.Table] = []
         self._pending_rows = 0
         self._writer: pq.ParquetWriter | None = None
-        self._parts = 0
+        self._next_part = first_part
         self._part_rows = 0
 
     def __enter__(self) -> SplitWriter:
@@ -148,12 +174,12 @@ class SplitWriter:
 
     def _part(self, schema: pa.Schema) -> pq.ParquetWriter:
         if self._writer is None:
-            self._folder.mkdir(exist_ok=True)
-            path = self._folder / f"part-{self._parts:05d}.parquet"
+            path = part_file(self._folder, self._split, self._next_part)
+            path.parent.mkdir(exist_ok=True)
             self._writer = pq.ParquetWriter(
                 path, schema, compression=COMPRESSION, write_page_checksum=True
             )
-            self._parts += 1
+            self._next_part += 1
         return self._writer
 
     def _close_part(self) -> None:
@@ -186,23 +212,31 @@ def new_dataset(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     `overwrite` replaces a data set (a folder with a `dataset.json`), never anything else.
     """
     out = out.resolve()
-    _check_replaceable(out, overwrite)
-    unique = f".{out.name}.{secrets.token_hex(4)}"
-    temporary, replaced = (out.with_name(f"{unique}.{suffix}") for suffix in ("new", "old"))
+    check_replaceable(out, overwrite)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.new")
+    with told_as_unwritable(out):
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            move_into_place(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def told_as_unwritable(out: Path) -> Iterator[None]:
+    """What the system refuses becomes a UserError about the data set `out`."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        _move_into_place(temporary, out, replaced)
+        yield
     except OSError as error:
         raise UserError(
             f"cannot write the data set {out}: {_reason(error)}; nothing was left there"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_replaceable(out: Path, overwrite: bool) -> None:
+def check_replaceable(out: Path, overwrite: bool) -> None:
+    """RequestError where a data set may not be written to `out`."""
     try:
         nearest = next(path for path in (out, *out.parents) if path.exists())
         if not nearest.is_dir():
@@ -224,7 +258,9 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise RequestError(f"{out} exists and is not empty: {choice}name another folder")
 
 
-def _move_into_place(temporary: Path, out: Path, replaced: Path) -> None:
+def move_into_place(temporary: Path, out: Path) -> None:
+    """Rename `temporary` to `out`; what was there stays until it is, and comes back if it fails."""
+    replaced = out.with_name(f".{out.name}.{secrets.token_hex(4)}.old")
     if out.exists() and any(out.iterdir()):
         out.rename(replaced)
         try:

@@ -1,30 +1,42 @@
-"""Parquet files to batches: each rank reads its own row groups."""
+"""Parquet files to batches: each rank decodes the row groups that its rows are in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
-from torchrec import KeyedJaggedTensor
 
 from planner import UserError
+from shardemb.data.assembly import Assembler, Portion
 from shardemb.data.batch import Batch
-from shardemb.data.columns import (
-    Bags,
-    BatchSchema,
-    Origin,
-    Piece,
-    concatenate,
-    convert,
+from shardemb.data.columns import Piece
+from shardemb.data.decode import Decoder, OpenFiles
+from shardemb.data.footers import read_windows
+from shardemb.data.ids import check_vocabularies
+from shardemb.data.order import (
+    Part,
+    Schedule,
+    Segment,
+    Share,
+    Window,
+    count_lanes,
+    epoch_parts,
+    rows_in_order,
 )
-from shardemb.data.footers import first_line, parquet_files, read_row_groups
-from shardemb.data.order import Part, RowGroup, Schedule
+from shardemb.data.prefetch import prefetch
+from shardemb.data.schema import BatchSchema
+from shardemb.data.sources import parquet_files
+
+# Steps whose batches are made together have at most about so many bytes, and rows of a rank.
+BLOCK_BYTES, BLOCK_ROWS = 48 << 20, 1 << 17
+READY_BATCHES = 4  # wait for the trainer at most
 
 
 class ParquetReader:
@@ -33,10 +45,15 @@ class ParquetReader:
     `data` is a folder of Parquet files, or the files; `rank` and `world_size` are those of the
     process group where they are not given.
 
-    A rank reads its own row groups; what a step is trained on does not depend on the number of
-    ranks (see `order`). Every rank makes the same number of steps: where one has no rows left its
-    batches are padding, so no rank waits for another and no row is dropped. How many rows a step
-    has on all ranks follows from the files' footers, without communication.
+    What a step is trained on does not depend on the number of ranks (see `order`). Every rank makes
+    the same number of steps: where one has no rows left its batches are padding, so no rank waits
+    for another and no row is dropped. How many rows a step has on all ranks follows from the files'
+    footers, without communication.
+
+    Batches are made in a thread of their own, a few ahead.
+
+    With `skip_damaged`, row groups that cannot be decoded are left out: their rows are padding, in
+    `skipped` is what they were.
     """
 
     def __init__(
@@ -49,103 +66,151 @@ class ParquetReader:
         world_size: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
+        skip_damaged: bool = False,
     ) -> None:
-        files = parquet_files(Path(data)) if isinstance(data, str | Path) else list(data)
+        files = parquet_files(data) if isinstance(data, str | Path) else list(data)
         self.schema = schema
         self.batch_size = batch_size
         self.rank = _rank() if rank is None else rank
-        world_size = _world_size() if world_size is None else world_size
-        self.shuffle = shuffle
-        self.seed = seed
-        groups = read_row_groups(files, schema, world_size)
-        self._schedule = Schedule(groups, batch_size, world_size)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self._schedule.steps
+        self.world_size = _world_size() if world_size is None else world_size
+        self.seed = seed if shuffle else None
+        check_vocabularies(schema)
+        self.windows = read_windows(files, schema)
+        self.skipped: dict[Window, str] = {}
+        self._on_damage = self._note_damage if skip_damaged else None
+        self._resumed: tuple[int, tuple[Segment, ...]] = 0, ()
 
     @property
     def rows_per_epoch(self) -> int:
         """Rows of data in an epoch, over all ranks."""
-        return self._schedule.num_rows
+        return sum(window.rows for window in self.windows)
 
-    def epoch(self, epoch: int = 0) -> Iterator[Batch]:
-        """`steps_per_epoch` batches."""
-        pieces = self._pieces(epoch)
-        for step in range(self._schedule.steps):
-            yield self._batch(next(pieces, None), self._schedule.rows_of_step(step))
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._new_schedule(epoch_parts(self.windows, self.seed, 0)).steps
 
-    def _pieces(self, epoch: int) -> Iterator[Piece]:
-        """This rank's rows of one step after the other, while it has any."""
-        schedule = self._schedule
-        groups = np.arange(len(schedule.groups))
-        if self.shuffle:
-            np.random.default_rng([self.seed, epoch]).shuffle(groups)
-        lanes = [
-            _Lane(
-                self._read_parts(schedule.parts_of_lane(lane, groups)),
-                rows_per_step=int(schedule.shares[lane]),
-                generator=np.random.default_rng([self.seed, epoch, lane]) if self.shuffle else None,
-            )
-            for lane in schedule.lanes_of_rank(self.rank)
-        ]
-        while taken := [part for lane in lanes if (part := lane.take(schedule.steps_per_chunk))]:
-            step_of_row = np.concatenate([steps for _, steps in taken])
-            rows = concatenate([rows for rows, _ in taken])
-            rows = rows.take(np.argsort(step_of_row, kind="stable"))
-            ends = np.cumsum(np.bincount(step_of_row)).tolist()
-            for start, stop in zip([0, *ends], ends, strict=False):
-                yield rows.slice(start, stop)
+    def steps_left(self, epoch: int) -> int:
+        """Steps of `epoch`, without those before the state that was resumed."""
+        schedule, done, _ = self._stand(epoch)
+        return schedule.steps - done
 
-    def _read_parts(self, parts: Sequence[Part]) -> Iterator[Piece]:
-        for part in parts:
-            yield self._read(part.group).slice(part.start, part.stop)
+    @property
+    def first_epoch(self) -> int:
+        """0, or the epoch of the state that was resumed."""
+        return self._resumed[0]
 
-    def _read(self, group: RowGroup) -> Piece:
-        try:
-            with pq.ParquetFile(group.file, page_checksum_verification=True) as file:
-                table = file.read_row_group(group.index, columns=self.schema.columns)
-            if table.num_rows != group.rows:
-                raise pa.ArrowInvalid(f"it has {table.num_rows} rows instead of {group.rows}")
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise UserError(
-                f"{group.file}, row group {group.index}: cannot be read ({first_line(error)}); "
-                "the file is damaged: write it again"
-            ) from error
-        return convert(table, self.schema, Origin(str(group.file), group.first_row))
+    def epoch(self, epoch: int = 0) -> Generator[Batch, None, None]:
+        """`steps_left(epoch)` batches."""
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+        return prefetch(self._blocks(epoch, gpu), READY_BATCHES)
 
-    def _batch(self, piece: Piece | None, global_rows: int) -> Batch:
-        """`piece`, padded to `batch_size` rows."""
-        size, rows = self.batch_size, 0 if piece is None else len(piece)
-        dense = np.zeros((size, len(self.schema.dense)), np.float32)
-        labels = np.zeros(size, np.float32)
-        mask = np.zeros(size, np.float32)
-        if piece is not None:
-            dense[:rows], labels[:rows], mask[:rows] = piece.dense, piece.labels, 1
-        return Batch(
-            dense=torch.from_numpy(dense),
-            sparse=self._jagged(piece.bags if piece else ()),
-            labels=torch.from_numpy(labels),
-            mask=torch.from_numpy(mask),
-            global_rows=global_rows,
+    # --- Where an epoch stands
+
+    def state(self, epoch: int, steps: int) -> dict[str, Any]:
+        """After `steps` batches of `self.epoch(epoch)`: what `resume` needs, as plain JSON."""
+        schedule, done, segments = self._stand(epoch)
+        now = Segment(schedule.global_batch_size, schedule.num_lanes, done + steps)
+        return {
+            "epoch": epoch,
+            "segments": [vars(segment) for segment in (*segments, now) if segment.steps],
+            "seed": self.seed,
+            "data": self._fingerprint(),
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, with any number of ranks and any batch size.
+
+        Every row of the epoch that was not read by then will be, once; with the same global batch
+        size in the steps that would have come. UserError where the data are others.
+        """
+        for key, found in (("data", self._fingerprint()), ("seed", self.seed)):
+            if state[key] != found:
+                raise UserError(
+                    f"the run cannot go on where it stopped: its {_NAMES[key]} was {state[key]} "
+                    f"and is {found} now; go on with the same, or start anew"
+                )
+        segments = tuple(Segment(**segment) for segment in state["segments"])
+        self._resumed = state["epoch"], segments
+
+    def _fingerprint(self) -> str:
+        """Of the row groups: their number, rows and order."""
+        rows = np.array([window.rows for window in self.windows], dtype="<i8")
+        digest = hashlib.blake2b(rows.tobytes(), digest_size=8).hexdigest()
+        return f"{self.rows_per_epoch} rows, {digest}"
+
+    def _stand(self, epoch: int) -> tuple[Schedule, int, tuple[Segment, ...]]:
+        """The schedule of an epoch, how many of its steps are done, and what was done before."""
+        parts = epoch_parts(self.windows, self.seed, epoch)
+        segments = self._resumed[1] if epoch == self._resumed[0] else ()
+        for number, segment in enumerate(segments):
+            schedule = Schedule(parts, segment.global_batch_size, segment.num_lanes)
+            if number == len(segments) - 1 and self._goes_on(schedule):
+                return schedule, segment.steps, segments[:number]
+            parts = schedule.remaining(segment.steps)
+        return self._new_schedule(parts), 0, segments
+
+    def _goes_on(self, schedule: Schedule) -> bool:
+        new = self._new_schedule(schedule.parts)
+        return (new.global_batch_size, new.num_lanes) == (
+            schedule.global_batch_size,
+            schedule.num_lanes,
         )
 
-    def _jagged(self, bags: Sequence[Bags]) -> KeyedJaggedTensor:
-        features = self.schema.features
-        lengths = np.zeros((len(features), self.batch_size), np.int64)
-        for row, bag in zip(lengths, bags, strict=bool(bags)):
-            row[: len(bag.offsets) - 1] = bag.offsets[1:] - bag.offsets[:-1]
-        ids = [bag.ids for bag in bags] or [np.zeros(0, np.int64)]
-        weights = None
-        if self.schema.is_weighted:
-            parts = [bag.weights for bag in bags if bag.weights is not None]
-            weights = torch.from_numpy(np.concatenate(parts or [np.zeros(0, np.float32)]))
-        return KeyedJaggedTensor(
-            keys=[feature.name for feature in features],
-            values=torch.from_numpy(np.concatenate(ids)),
-            lengths=torch.from_numpy(lengths.reshape(-1)),
-            weights=weights,
+    def _new_schedule(self, parts: Sequence[Part]) -> Schedule:
+        rows = self.batch_size * self.world_size
+        return Schedule(parts, rows, count_lanes(len(parts), rows, self.world_size))
+
+    # --- Batches
+
+    def _blocks(self, epoch: int, gpu: int | None) -> Iterator[Batch]:
+        if gpu is not None:  # or pinned memory would take a context on the first GPU too
+            torch.cuda.set_device(gpu)
+        schedule, done, _ = self._stand(epoch)
+        assembler = Assembler(
+            self.schema,
+            self.batch_size,
+            schedule.global_batch_size,
+            pin_memory=gpu is not None,
         )
+        is_even = True
+        with OpenFiles() as files:
+            lanes = partial(self._lanes, schedule, epoch, files)
+            open_lanes, steps = lanes(done), self._steps_of_block()
+            for first in range(done, schedule.steps, steps):
+                last = min(first + steps, schedule.steps)
+                block = [schedule.rows_of_step(step) for step in range(first, last)]
+                if is_even and min(block) == schedule.global_batch_size:
+                    batches = assembler.even(_portions(open_lanes, len(block)), len(block))
+                    if batches is not None:
+                        yield from batches
+                        continue
+                    is_even, open_lanes = False, lanes(first)
+                yield from assembler.uneven(_portions(open_lanes, len(block)), block)
+
+    def _lanes(self, schedule: Schedule, epoch: int, files: OpenFiles, step: int) -> list[_Lane]:
+        """This rank's, from `step` on."""
+        lanes = []
+        for share in schedule.shares_of_rank(self.rank, self.batch_size):
+            decoder, parts = self._decoder(files), schedule.lane(share.lane, step)
+            lanes.append(_Lane(share, parts, decoder, self.seed, epoch))
+        return lanes
+
+    def _decoder(self, files: OpenFiles) -> Decoder:
+        return Decoder(self.schema, files, self._on_damage)
+
+    def _note_damage(self, window: Window, damage: UserError) -> None:
+        if window not in self.skipped:
+            self.skipped[window] = str(damage)
+            print(f"left out {window.rows} rows: {damage}", file=sys.stderr, flush=True)
+
+    def _steps_of_block(self) -> int:
+        """A power of two, so that row groups end where blocks do, if they can."""
+        bytes_of_row = sum(window.bytes for window in self.windows) / self.rows_per_epoch
+        most = min(BLOCK_BYTES / bytes_of_row, BLOCK_ROWS) / self.batch_size
+        return int(2 ** max(0, np.floor(np.log2(most))))
+
+
+_NAMES = {"data": "training data", "seed": "seed (none: not shuffled)"}
 
 
 def _rank() -> int:
@@ -156,33 +221,36 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def _portions(lanes: Sequence[_Lane], steps: int) -> Iterator[Portion]:
+    for lane in lanes:
+        yield from lane.take(steps)
+
+
 class _Lane:
-    """The rows of a lane, taken some steps at a time, shuffled among these steps."""
+    """The rows of a lane, taken some steps at a time."""
 
     def __init__(
-        self, pieces: Iterator[Piece], rows_per_step: int, generator: np.random.Generator | None
+        self, share: Share, parts: Sequence[Part], decoder: Decoder, seed: int | None, epoch: int
     ) -> None:
-        self._pieces = pieces
-        self._rows_per_step = rows_per_step
-        self._generator = generator
-        self._rest: Piece | None = None
+        self._share, self._decoder = share, decoder
+        self._order = seed, epoch
+        self._parts = iter(parts)
+        self._part: Part | None = None
+        self._piece: Piece | None = None
 
-    def take(self, steps: int) -> tuple[Piece, NDArray[np.int64]] | None:
-        """The rows of the next `steps` steps, and the step of each; None where none are left."""
-        wanted = steps * self._rows_per_step
-        gathered: list[Piece] = []
-        while wanted:
-            piece = next(self._pieces, None) if self._rest is None else self._rest
-            if piece is None:
-                break
-            gathered.append(piece.slice(0, min(wanted, len(piece))))
-            wanted -= len(gathered[-1])
-            used = len(gathered[-1])
-            self._rest = piece.slice(used, len(piece)) if used < len(piece) else None
-        if not gathered:
-            return None
-        rows = concatenate(gathered)
-        step_of_row = np.arange(len(rows)) // self._rows_per_step
-        if self._generator is not None:
-            self._generator.shuffle(step_of_row)
-        return rows, step_of_row
+    def take(self, steps: int) -> Iterator[Portion]:
+        """The rows of the next `steps` steps; fewer where the lane ends."""
+        wanted, first = steps * self._share.size, 0
+        while first < wanted and (part := self._next()):
+            now = Part(part.window, part.start, min(part.stop, part.start + wanted - first))
+            order = rows_in_order(now, *self._order)
+            yield Portion(self._share, self._piece, order, first, now.rows)
+            first += now.rows
+            rest = Part(part.window, now.stop, part.stop)
+            self._part = rest if rest.rows else None
+
+    def _next(self) -> Part | None:
+        if self._part is None:
+            self._part = next(self._parts, None)
+            self._piece = self._decoder.read(self._part.window) if self._part else None
+        return self._part

@@ -14,7 +14,7 @@ from torchrec.modules.embedding_configs import DataType
 
 from planner import RequestError
 from shardemb.config import RunConfig
-from shardemb.data.columns import BatchSchema
+from shardemb.data.schema import BatchSchema
 from shardemb.models.dcn_v2 import DCNv2
 from shardemb.models.dlrm import DLRM
 

@@ -16,8 +16,8 @@ from planner import Plan, PlannerError, ShardingRule, UserError, plan_by_rule
 from planner.geometry import SHARDING_TYPES
 from shardemb.config import DenseOptimizerConfig, TableOptimizerConfig
 from shardemb.data.batch import Batch
-from shardemb.data.columns import BatchSchema
 from shardemb.data.parquet import ParquetReader
+from shardemb.data.schema import BatchSchema
 from shardemb.sharding.shard_model import current_topology, shard_model
 from shardemb.sharding.tables import tables_from_module
 from shardemb.trainer import Progress, Trainer

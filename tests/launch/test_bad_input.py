@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from launch import cli
@@ -373,15 +372,6 @@ def test_a_truncated_file(bench: Bench) -> None:
     bench.train_file.write_bytes(whole[: len(whole) // 2])
     code, shown = bench.train()
     assert "data/train/part-00000.parquet is not a whole Parquet file" in shown
-    assert code == IMPOSSIBLE
-
-
-def test_fewer_row_groups_than_ranks(bench: Bench) -> None:
-    """Both numbers are told, and both remedies."""
-    pq.write_table(pq.read_table(bench.train_file), bench.train_file)
-    code, shown = bench.train()
-    assert "data/train: 1 row group for 2 ranks" in shown
-    assert "--row-group-rows" in shown and "at most 1 rank" in shown
     assert code == IMPOSSIBLE
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shardemb.data.order import SHUFFLE_ROWS
+from shardemb.data.parquet import BLOCK_ROWS
 from shardemb.data.synthetic import SyntheticFeature, synthesize
 from tests.launch.tiny_run import (
     DENSE,
@@ -29,8 +29,8 @@ from tests.launch.tiny_run import (
     write_config,
 )
 
-# Rows are read ahead by so many; those behind them are met when training has begun.
-MANY_ROWS, ROW_GROUP_ROWS = SHUFFLE_ROWS + 6400, 1024
+# Two ranks read ahead by so many rows; those behind them are met when training has begun.
+MANY_ROWS, ROW_GROUP_ROWS = 2 * BLOCK_ROWS + 6400, 1024
 FAILED = {"config.yaml", "plan.json", "metrics.jsonl", "tensorboard", "failure.json"}
 OVERRIDES = ("data.shuffle=false", "train.batch_size=2048", "train.log_every=5")
 
@@ -152,10 +152,10 @@ def test_a_bad_label_met_amid_training(large: Runs) -> None:
     message = f"part-00000.parquet, row {MANY_ROWS - 1}: the label (column label) is nan"
     assert message in large.train(*OVERRIDES)
     assert large.files == FAILED
-    assert large.reported_steps == [1, 5, 10, 15]
+    assert large.reported_steps == [1, *range(5, BLOCK_ROWS // 2048, 5)]
     assert large.failure.keys() == {"error", "step"}
     assert message in large.failure["error"]
-    assert large.failure["step"] == 15
+    assert large.failure["step"] == large.reported_steps[-1]
     assert (large.folder / "run.1" / "config.yaml").read_text() == "an earlier run"
 
     before = contents(large.folder)

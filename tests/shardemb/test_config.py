@@ -196,6 +196,23 @@ def test_malformed_overrides(path: Path, override: str, message: str):
             ".sharding",
             "unknown key; did you mean sharding_type?",
         ),
+        (
+            "sharding.default={sharding_type: row_wise, rank: [0]}",
+            ".rank",
+            "unknown key; did you mean ranks?",
+        ),
+        (
+            "data.features.C1={ids: as_is, num_hashes: 2}",
+            "",
+            "num_hashes: ids are as_is; set `ids: hash`, or leave it out "
+            "(found {'ids': 'as_is', 'null_row': 0, 'num_hashes': 2})",
+        ),
+        (
+            "data.features.C1={vocabulary: words.txt}",
+            "",
+            "`ids: vocabulary` and the file `vocabulary` go together; name both "
+            "(found {'ids': 'hash', 'null_row': 0, 'vocabulary': 'words.txt'})",
+        ),
         ("train.table_optimizer.learning_rate=1", "", "unknown key; known are eps, lr, name"),
         ("tables.C9={embedding_dim: 8}", ".num_embeddings", "required, but not given"),
         ("train.batch_size=0", "", "Input should be greater than 0 (found 0)"),

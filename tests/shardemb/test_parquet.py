@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from planner import UserError
 from shardemb.data.batch import Batch
-from shardemb.data.columns import BatchSchema, FeatureSchema, Origin, convert
-from shardemb.data.footers import parquet_files
+from shardemb.data.columns import Origin, convert
 from shardemb.data.parquet import ParquetReader
+from shardemb.data.schema import BatchSchema, FeatureSchema
+from shardemb.data.sources import parquet_files
 from tests.shardemb.test_hashing import splitmix64
 
 INTEGERS = [getattr(pa, f"{sign}int{bits}")() for sign in ("", "u") for bits in (8, 16, 32, 64)]
@@ -178,7 +179,7 @@ def test_chunked_and_sliced_arrays(kind: pa.DataType):
     piece = convert(table, schema, Origin("f", 0))
     lists = [[] if x is None else [50 if v is None else v for v in x] for x in LISTS * 2]
     numbers = [2, 3, 4, 5, 7, 8, 9, 10, 11]
-    assert piece.dense[:, 0].tolist() == piece.bags[0].ids.tolist() == numbers
+    assert piece.dense[0].tolist() == piece.bags[0].ids.tolist() == numbers
     ids, offsets = piece.bags[1].ids, piece.bags[1].offsets
     assert [ids[a:b].tolist() for a, b in pairwise(offsets)] == [lists[i] for i in numbers]
     assert piece.bags[1].weights is not None and (piece.bags[1].weights == 0.5).all()
@@ -313,6 +314,39 @@ def test_every_row_once_an_epoch(tmp_path: Path, layout: dict[str, Any]):
             assert row == Row(n % 2, [n], {"n": [(n, 1.0)], "l": [(n % 7, 1.0)] * (n % 4)})
             seen.append(n)
     assert sorted(seen) == list(range(total))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_rows_with_equally_many_ids(tmp_path: Path, shuffle: bool, world_size: int):
+    """Their batches are filled in another way, up to the rows that fill no batch: the same rows
+    come out as a plain loop finds, weights and nulls in place."""
+    random = np.random.default_rng(0)
+    rows = 1003
+    columns = {
+        "a": pa.array(random.integers(0, 100, rows)),
+        "l": pa.array(random.integers(0, 100, (rows, 3)).tolist()),
+        "w": pa.array(random.random((rows, 3)).astype(np.float32).tolist()),
+        "e": pa.array([[]] * rows, pa.list_(pa.int64())),
+        "d": pa.array(random.integers(0, 9, rows), mask=random.random(rows) < 0.3),
+    }
+    path = _write(tmp_path / "f.parquet", columns, row_group_size=37)
+    schema = _schema(
+        _feature("a", ids="hash", null_row=4), _feature("l", weights="w"), _feature("e"),
+        dense=("d",), dense_transform="log", dense_null_value=-1.0,
+    )  # fmt: skip
+    found = []
+    for rank in range(world_size):
+        options = {"batch_size": 20, "rank": rank, "world_size": world_size, "shuffle": shuffle}
+        batches = list(ParquetReader([path], schema, **options).epoch())
+        found += [row for batch in batches for row in _rows(batch)]
+    found.sort(key=lambda row: row.dense[-1])
+    expected = _plain_rows(path, schema)
+    for row in found:
+        row.dense[-1] = round(math.expm1(row.dense[-1]))
+    for row in expected:
+        row.dense[-1] = round(math.expm1(row.dense[-1]))
+    _assert_same(found, expected)
 
 
 def _order(paths: list[Path], epoch: int = 0, **options: Any) -> list[int]:
@@ -487,9 +521,9 @@ def test_a_truncated_file(tmp_path: Path):
             ParquetReader([path], _schema(_feature("c")), batch_size=2)
 
 
-def test_a_corrupt_page(tmp_path: Path):
+def test_a_corrupt_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """One flipped bit in a page with a checksum: rows before it are read, then the file and row
-    group are told; no wrong value comes out."""
+    group are told; no wrong value comes out. Or its row group alone is left out, and noted."""
     random = np.random.default_rng(0).integers(0, 100, 3000)
     options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
     path = _write(tmp_path / "f.parquet", {"c": random}, 1000, **options)
@@ -500,6 +534,20 @@ def test_a_corrupt_page(tmp_path: Path):
     schema = _schema(_feature("c"))
     with pytest.raises(UserError, match=f"{path}, row group 1: cannot be read .* is damaged"):
         _read(path, schema, batch_size=100)
+
+    found = _read(path, schema, batch_size=100, skip_damaged=True, shuffle=True)
+    whole = [*range(1000), *range(2000, 3000)]
+    assert [int(row.dense[-1]) for row in found] == whole
+    assert [row.bags["c"][0][0] for row in found] == random[whole].tolist()
+    ranks = [
+        ParquetReader([path], schema, batch_size=7, rank=r, world_size=2, skip_damaged=True)
+        for r in range(2)
+    ]
+    steps = list(zip(*(reader.epoch() for reader in ranks), strict=True))
+    assert sum(batch.mask.sum() for batches in steps for batch in batches) == 2000
+    for reader in ranks:
+        assert [(w.row_group, w.rows) for w in reader.skipped] == [(1, 1000)]
+    assert "left out 1000 rows" in capsys.readouterr().err
 
 
 def test_a_damaged_file_is_never_a_traceback(tmp_path: Path):
@@ -521,11 +569,33 @@ def test_a_damaged_file_is_never_a_traceback(tmp_path: Path):
     assert outcomes == {True: 200}
 
 
-def test_too_few_row_groups(tmp_path: Path):
-    """A rank that would have nothing to read is an error that says what to change."""
-    path = _write(tmp_path / "f.parquet", {"c": [1] * 20}, row_group_size=10)
-    with pytest.raises(UserError, match=r"2 row groups for 3 ranks.*at most 2 ranks"):
-        ParquetReader([path], _schema(_feature("c")), batch_size=2, rank=0, world_size=3)
+def test_more_ranks_than_rows(tmp_path: Path):
+    """Ranks share a row group, and one without any row has padding alone, in as many steps."""
+    path = _write(tmp_path / "f.parquet", {"c": [1, 2, 3]})
+    seen = []
+    for rank in range(5):
+        options = {"batch_size": 1, "rank": rank, "world_size": 5}
+        (batch,) = ParquetReader([path], _schema(_feature("c")), **options).epoch()
+        assert batch.global_rows == 3 and batch.sparse.values().numel() == batch.mask.sum()
+        seen += [int(row.dense[0]) for row in _rows(batch)]
+    assert sorted(seen) == [0, 1, 2]
+
+
+def test_ids_that_are_text_in_another_file(tmp_path: Path):
+    """5 and "5" are hashed to different rows: one kind of ids in all files."""
+    paths = [
+        _write(tmp_path / "a.parquet", {"c": [5, 6]}),
+        _write(tmp_path / "b.parquet", {"c": pa.array([[5]], pa.list_(pa.int8()))}),
+        _write(tmp_path / "c.parquet", {"c": ["5"]}),
+    ]
+    schema = _schema(_feature("c", ids="hash"))
+    options = {"batch_size": 2, "rank": 0, "world_size": 1}
+    assert ParquetReader(paths[:2], schema, **options).rows_per_epoch == 3
+    message = (
+        r"c\.parquet, column c: the ids of feature c are string here and int64 in .*a\.parquet"
+    )
+    with pytest.raises(UserError, match=message):
+        ParquetReader(paths, schema, **options)
 
 
 def test_no_data(tmp_path: Path):

@@ -1,0 +1,139 @@
+"""Files here or elsewhere: folders, globs and URLs of any filesystem that Arrow or fsspec knows."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from planner import UserError
+
+SUFFIX = ".parquet"
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def has_folder(path: str) -> bool:
+    """Whether there is such a folder, or one that matches a glob."""
+    if _is_glob(path):
+        return any(map(has_folder, _glob(path)))
+    if not is_remote(path):
+        return os.path.isdir(path)
+    filesystem, inner = _filesystem(path)
+    try:
+        return bool(filesystem.get_file_info(inner).type == pafs.FileType.Directory)
+    except OSError as error:
+        raise UserError(f"cannot reach {path}: {first_line(error)}") from error
+
+
+def parquet_files(data: str | Path) -> list[str]:
+    """The Parquet files of a folder, or of what a glob matches, in order of name."""
+    path = str(data)
+    if _is_glob(path):
+        matches = _glob(path)
+        if not matches:
+            raise UserError(f"nothing matches {path}")
+    else:
+        matches = [path]
+        if not has_folder(path):
+            raise UserError(
+                f"there is no folder {path}: data.dir must hold train/ and test/ folders of "
+                "Parquet files, as `shardemb data convert` writes them"
+            )
+    files = {file for match in matches for file in _below(match)}
+    if not files:
+        raise UserError(f"{path} holds no {SUFFIX} file")
+    return sorted(files)
+
+
+def _is_glob(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def _glob(pattern: str) -> list[str]:
+    """Files and folders; `*` matches within a name, `**` any folders."""
+    if not is_remote(pattern):
+        return glob.glob(pattern, recursive=True)
+    parts = pattern.split("/")
+    fixed = next(i for i, part in enumerate(parts) if _is_glob(part))
+    found = _listing("/".join(parts[:fixed]))
+    return [path for path, _ in found if _matches(path.split("/"), parts)]
+
+
+def _below(path: str) -> Iterator[str]:
+    """The Parquet files in a folder, or the file itself."""
+    if path.endswith(SUFFIX):
+        yield path
+    elif not is_remote(path):
+        yield from map(str, Path(path).rglob(f"*{SUFFIX}"))
+    elif has_folder(path):
+        for inner, kind in _listing(path):
+            if kind == pafs.FileType.File and inner.endswith(SUFFIX):
+                yield inner
+
+
+def open_parquet(path: str, **options: Any) -> pq.ParquetFile:
+    """`path` opened to be read, a URL with its ranges read ahead in few requests."""
+    if not is_remote(path):
+        return pq.ParquetFile(path, **options)
+    filesystem, inner = _filesystem(path)
+    return pq.ParquetFile(filesystem.open_input_file(inner), pre_buffer=True, **options)
+
+
+def read_bytes(path: str) -> bytes:
+    """Raises OSError; FileNotFoundError where there is no such file."""
+    if not is_remote(path):
+        return Path(path).read_bytes()
+    filesystem, inner = _filesystem(path)
+    with filesystem.open_input_stream(inner) as stream:
+        return bytes(stream.read())
+
+
+def first_line(error: BaseException) -> str:
+    """Of what a library says: the others are about itself."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _filesystem(url: str) -> tuple[pafs.FileSystem, str]:
+    """Arrow's own for file, s3, gs and hdfs; fsspec's for all others."""
+    scheme = url.partition("://")[0]
+    try:
+        return pafs.FileSystem.from_uri(url)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        pass
+    import fsspec
+
+    try:
+        filesystem, inner = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: no filesystem for {scheme}:// is installed ({error})") from error
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), inner
+
+
+def _listing(url: str) -> list[tuple[str, pafs.FileType]]:
+    """All that is below a URL, as URLs."""
+    filesystem, inner = _filesystem(url)
+    try:
+        infos = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
+    except OSError as error:
+        raise UserError(f"cannot reach {url}: {first_line(error)}") from error
+    base, inner = url.rstrip("/"), inner.strip("/")
+    names = [(info.path.strip("/").removeprefix(inner).strip("/"), info.type) for info in infos]
+    return [(f"{base}/{name}", kind) for name, kind in names]
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return any(_matches(names[i:], patterns[1:]) for i in range(len(names) + 1))
+    return bool(names) and fnmatch(names[0], patterns[0]) and _matches(names[1:], patterns[1:])

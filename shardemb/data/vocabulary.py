@@ -1,0 +1,93 @@
+"""Vocabularies: a feature's values in order of frequency, and values replaced by their rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shardemb.data.convert_schema import VocabularySchema
+from shardemb.data.dataset import COMPRESSION
+from shardemb.data.declared import map_values
+from shardemb.data.hashing import hash_ids, strings_to_ids
+
+FOLDER = "vocabularies"
+_MERGE_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`values[i]` has id i; all others are hashed into `oov_rows` ids after these."""
+
+    values: pa.Array
+    oov_rows: int
+
+    @property
+    def num_embeddings(self) -> int:
+        return len(self.values) + self.oov_rows
+
+    def encode(self, values: pa.Array) -> pa.Array:
+        """The ids of `values`, or of those in lists; nulls stay nulls."""
+        return map_values(values, self._ids)
+
+    def _ids(self, values: pa.Array) -> pa.Array:
+        ids = pc.index_in(values, value_set=self.values).cast(pa.int64())
+        is_unknown = pc.and_(pc.is_null(ids), pc.is_valid(values))
+        return pc.replace_with_mask(ids, is_unknown, self._hashed(values.filter(is_unknown)))
+
+    def _hashed(self, unknown: pa.Array) -> pa.Array:
+        codes = strings_to_ids(unknown) if pa.types.is_string(unknown.type) else unknown
+        return pa.array(hash_ids(codes.to_numpy(), self.oov_rows) + len(self.values), pa.int64())
+
+
+def vocabulary_file(dataset: Path, feature: str) -> Path:
+    return dataset / FOLDER / f"{quote(feature, safe=' ')}.parquet"
+
+
+def count_values(columns: Iterable[pa.ChunkedArray]) -> pa.Table:
+    """`value` and `count` of all distinct values but null, whether in lists or not.
+
+    Takes memory for the distinct values, however many there are in all.
+    """
+    merged: pa.Table | None = None
+    pending: list[pa.Table] = []
+    pending_rows = 0
+    for column in columns:
+        counts = _count(column)
+        merged = counts.slice(0, 0) if merged is None else merged
+        pending.append(counts)
+        pending_rows += counts.num_rows
+        if pending_rows > max(_MERGE_ROWS, merged.num_rows):
+            merged, pending, pending_rows = _merge([merged, *pending]), [], 0
+    assert merged is not None, "no columns to count"
+    return _merge([merged, *pending])
+
+
+def _count(column: pa.ChunkedArray) -> pa.Table:
+    chunks = (chunk.flatten() if pa.types.is_list(chunk.type) else chunk for chunk in column.chunks)
+    kind = column.type.value_type if pa.types.is_list(column.type) else column.type
+    counts = pc.value_counts(pa.chunked_array(chunks, kind).drop_null())
+    return pa.table({"value": counts.field("values"), "count": counts.field("counts")})
+
+
+def _merge(counts: list[pa.Table]) -> pa.Table:
+    grouped = pa.concat_tables(counts).group_by("value").aggregate([("count", "sum")])
+    return pa.table({"value": grouped["value"], "count": grouped["count_sum"]})
+
+
+def write_vocabulary(path: Path, counts: pa.Table, schema: VocabularySchema) -> None:
+    """Keep the frequent values, most frequent first; of equally frequent ones the smaller first."""
+    kept = counts.filter(pc.greater_equal(counts["count"], schema.min_count))
+    ranked = kept.sort_by([("count", "descending"), ("value", "ascending")])
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(ranked.slice(0, schema.max_size), path, compression=COMPRESSION)
+
+
+def read_vocabulary(path: Path, schema: VocabularySchema) -> Vocabulary:
+    values = pq.read_table(path, columns=["value"])["value"].combine_chunks()
+    return Vocabulary(values, schema.oov_rows)
