@@ -84,7 +84,7 @@ def _effort(world: int, size: int) -> Effort:
     if size > 4_000_000:
         return Effort(2, 0 if size > 20_000_000 else 1)
     if size <= 2000:
-        return Effort(12, 2 if size > 100 else 6)
+        return Effort(24, 2 if size > 100 else 6)
     if world <= 64:
         return Effort(4 if world <= 16 else 6, 1, steps=4)
     return Effort(8, 1) if world <= 128 else Effort(16, 1 if world <= 256 else 2)
@@ -202,7 +202,8 @@ class Search:
             reconsider(placement, options, order)
             for _ in range(EXCHANGES):
                 exchange(placement, DEVICE, self.generator)
-                exchange(placement, HOST, self.generator)
+                if placement.hosts > 1:
+                    exchange(placement, HOST, self.generator)
             for _ in range(REBUILDS):
                 rebuild(placement, options, self.generator)
             self._keep(placement)
