@@ -153,6 +153,11 @@ def synth(
     train_rows: Annotated[int, typer.Option(min=1)] = 300_000,
     test_rows: Annotated[int, typer.Option(min=1)] = 50_000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    zipf: Annotated[float, typer.Option(help="exponent of the ids' Zipf law", min=0)] = 1.1,
+    reuse: Annotated[
+        Path | None,
+        typer.Option(help="repeat ids as this stats.json, or Meta's locality statistics, says"),
+    ] = None,
     row_group_rows: RowGroupRows = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -160,6 +165,7 @@ def synth(
     """Draw the data set that CONFIG reads from a known model, into its data.dir."""
     from planner import RequestError
     from shardemb.config import load_config
+    from shardemb.data.reuse_skew import read_histograms
     from shardemb.data.schema import BatchSchema
     from shardemb.data.synthetic import SyntheticFeature, synthesize
 
@@ -168,8 +174,9 @@ def synth(
     if weighted:
         raise RequestError(f"data.features.{weighted[0]}.weights: weights are not drawn; leave out")
     pooling = {f: t.pooling_factor for t in config.table_specs() for f in t.feature_names}
+    histogram_of = read_histograms(reuse) if reuse else lambda name: None
     features = [
-        SyntheticFeature(f.column, f.num_embeddings, pooling[f.name])
+        SyntheticFeature(f.column, f.num_embeddings, pooling[f.name], histogram_of(f.name))
         for f in {f.column: f for f in BatchSchema.from_config(config).features}.values()
     ]
     with stderr.status("drawing rows") as status:
@@ -181,6 +188,7 @@ def synth(
             train_rows=train_rows,
             test_rows=test_rows,
             seed=seed,
+            zipf=zipf,
             row_group_rows=row_group_rows,
             overwrite=overwrite,
             on_progress=lambda rows: status.update(f"drawing rows: {rows:,}"),

@@ -19,6 +19,7 @@ from shardemb.data.dataset import (
     write_info,
     write_split,
 )
+from shardemb.data.reuse_skew import Histogram, reuse_ranks
 
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
@@ -40,6 +41,7 @@ class SyntheticFeature:
     name: str
     num_embeddings: int
     pooling_factor: float = 1.0
+    reuse_histogram: Histogram | None = None  # as TableSpec's; None: Zipf
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ def synthesize(
 ) -> DatasetInfo:
     """Write a data set drawn from the click model of `seed`; the same seed, the same bytes.
 
-    Ids are Zipf-distributed with exponent `zipf` (0 is uniform). `on_progress` is given the
-    number of rows done so far.
+    Ids are Zipf-distributed with exponent `zipf` (0 is uniform), but those of features with a
+    reuse histogram. `on_progress` is given the number of rows done so far.
     """
     _check_request(features, dense, label, train_rows, test_rows, seed, zipf)
     world = _World(features, dense, label, seed, zipf)
@@ -190,7 +192,11 @@ class _World:
             None if feature.pooling_factor == 1 else random.poisson(feature.pooling_factor, rows)
         )
         ids = rows if lengths is None else int(lengths.sum())
-        return _Bags(zipf_ranks(random.random(ids), feature.num_embeddings, self._zipf), lengths)
+        uniform, size = random.random(ids), feature.num_embeddings
+        if feature.reuse_histogram is None:
+            return _Bags(zipf_ranks(uniform, size, self._zipf), lengths)
+        pooling_factor = feature.pooling_factor
+        return _Bags(reuse_ranks(uniform, size, pooling_factor, feature.reuse_histogram), lengths)
 
     def _inputs(self, chunk: _Chunk) -> tuple[_Floats, _Floats]:
         """What the click model sees: each bag's mean effect, each count's logarithm."""

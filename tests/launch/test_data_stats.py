@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from launch import data_stats  # noqa: F401
 from launch.cli import app
 from planner.table_list import load_table_list
+from planner.tables import REUSE_BATCH_SIZE, REUSE_BINS
 from tests.launch.tiny_run import ROWS, make_data, tiny_config, write_config
 from tests.planner.commands import IMPOSSIBLE, MALFORMED, Ended, run_command
 
@@ -187,3 +187,19 @@ def test_a_page_of_dense_columns(stats: Stats, open_page: Callable[[Path], Any])
     assert stats("x.parquet", "--html", "page.html").code == 0
     view = open_page(Path("page.html"))
     assert view.locator("#numbers").is_visible() and not view.locator("#sparse").is_visible()
+
+
+def test_data_drawn_as_statistics_say(
+    stats: Stats, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`data synth --reuse`: a feature whose lookups all repeat thousands of times has few ids."""
+    hot = [0.0] * (REUSE_BINS - 2) + [1.0, 0.0]
+    document = {"batch_size": REUSE_BATCH_SIZE, "features": {"C1": {"reuse_histogram": hot}}}
+    Path("s.json").write_text(json.dumps(document))
+    synth = ["shardemb", "data", "synth", "run.yaml", "data.dir=drawn", "--train-rows", "5000"]
+    ended = run_command(app, [*synth, "--reuse", "s.json", "--json"], monkeypatch, capfd)
+    assert ended.code == 0 and ended.document["rows"]["train"] == 5000
+    found = stats("drawn/train", "--config", "run.yaml", "--json").document["features"]
+    assert found["C1"]["distinct_ids"] <= 4 < found["C2"]["distinct_ids"]
+    ended = run_command(app, [*synth, "--overwrite", "--reuse", "run.yaml"], monkeypatch, capfd)
+    assert ended.code == MALFORMED and "run.yaml holds no reuse histograms" in ended.err
