@@ -38,7 +38,11 @@ REBUILDS = 15
 # Where a device's memory is used so far on average, filling devices evenly is part of the measure,
 # and every other start leaves room in memory.
 TIGHT_MEMORY, MEMORY_WEIGHT = 0.7, 0.005
-ROOMS = [Room(filled, piece) for filled in (0.99, 1.0, 0.98, 0.95) for piece in (0.25, 0.2, 0.1)]
+# Room is left by small pieces, which fill gaps, or by less in all, where that costs little.
+SMALL_PIECES = [
+    Room(filled, piece) for filled in (0.99, 1.0, 0.98, 0.95) for piece in (0.25, 0.2, 0.1)
+]
+LESS = Room(0.85), Room(0.95)
 TIGHT_CAPS: dict[int, list[tuple[float, ...]]] = {
     1: [(0.5,), (1.0,), (2.0,)],
     2: [(1.0, np.inf), (2.0, np.inf), (0.5, np.inf)],
@@ -107,8 +111,9 @@ def _first_starts(goal: Goal) -> list[Start]:
     if not goal.memory_weight:
         return usual
     by_memory = recipe._replace(group=MEMORY)
-    roomy = [Start(caps, by_memory, room) for room in ROOMS for caps in TIGHT_CAPS[groups]]
-    pairs = zip_longest(roomy, usual)
+    small = [Start(caps, by_memory, room) for room in SMALL_PIECES for caps in TIGHT_CAPS[groups]]
+    usual = [replace(start, room=room) for start in usual for room in (*LESS, FULL)]
+    pairs = zip_longest(small, usual)
     return [start for pair in pairs for start in pair if start]
 
 

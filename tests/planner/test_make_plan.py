@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,8 @@ from planner.constraints import TableConstraint
 from planner.cost.predict import predict
 from planner.cost.torchrec_estimate import TorchRecEstimate
 from planner.make_plan import make_plan
+from planner.plan import Objective
+from planner.table_list import load_table_list
 from planner.topology import parse_topology
 
 BATCH_SIZE = 512
@@ -116,3 +120,25 @@ def test_a_time_budget_ends_a_search_in_vain() -> None:
     whole = TableConstraint(sharding_types=("table_wise",), compute_kernels=("fused",))
     with pytest.raises(PlannerError, match="no plan fits 1x2xA100-80GB"):
         plan(tables, "1x2xA100-80GB", constraints={t.name: whole for t in tables}, time_budget=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "objective", "gap_percent", "max_over_mean"),
+    [("H200", "max_total", 5, 1.03), ("torchrec-80GB", "stages", 40, 1.2)],
+)
+def test_tables_that_fill_memory(
+    shared_data: Path, kind: str, objective: Objective, gap_percent: float, max_over_mean: float
+) -> None:
+    """TorchRec's published example on 96 ranks, of which it reports a balance of 1.296: on devices
+    that have some room for it, and on those that it fills."""
+    listed = load_table_list(shared_data / "planner" / "torchrec_wiki_1935.json")
+    batch_size = listed.batch_size_per_rank
+    assert batch_size is not None
+    topology = parse_topology(f"12x8x{kind}")
+    model = TorchRecEstimate(batch_size)
+    plan = make_plan(listed.tables, topology, model, batch_size, objective=objective)
+    plan.check_fits(listed.tables, topology)
+    assert plan.predicted.gap_percent is not None and plan.predicted.max_over_mean is not None
+    assert plan.predicted.gap_percent < gap_percent
+    assert plan.predicted.max_over_mean < max_over_mean

@@ -13,7 +13,6 @@ from planner import RequestError
 from planner.tables import REUSE_BATCH_SIZE, REUSE_BINS
 from shardemb.data.reuse_skew import read_histograms, reuse_ranks
 
-META = Path(__file__).resolve().parents[2] / "../shared/data/planner"
 SHARES = (0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05) + (0.0,) * 7
 
 
@@ -44,11 +43,10 @@ def test_small_tables() -> None:
         assert set(reuse_ranks(uniform, size, 1.0, SHARES)) == set(range(size))
 
 
-@pytest.mark.skipif(not META.is_dir(), reason=f"{META} is not here")
-def test_metas_locality_statistics() -> None:
+def test_metas_locality_statistics(shared_data: Path) -> None:
     """Of all batches there: rows are looked up about seven times each, as they say, and so are
     those that are drawn."""
-    path = META / "meta_dlrm_datasets_locality_stats_2021.txt"
+    path = shared_data / "planner" / "meta_dlrm_datasets_locality_stats_2021.txt"
     histogram = read_histograms(path)("any")
     assert histogram is not None and sum(histogram) == pytest.approx(1)
     said = [float(n) for n in re.findall(r"Avg col size: ([0-9.]+)", path.read_text())]
