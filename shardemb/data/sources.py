@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,35 +23,46 @@ def is_remote(path: str) -> bool:
 
 def has_folder(path: str) -> bool:
     """Whether there is such a folder, or one that matches a glob."""
-    if _is_glob(path):
-        return any(map(has_folder, _glob(path)))
-    if not is_remote(path):
-        return os.path.isdir(path)
-    filesystem, inner = _filesystem(path)
-    try:
-        return bool(filesystem.get_file_info(inner).type == pafs.FileType.Directory)
-    except OSError as error:
-        raise UserError(f"cannot reach {path}: {first_line(error)}") from error
+    return any(_kind(match) == pafs.FileType.Directory for match in matches_of(path))
 
 
 def parquet_files(data: str | Path) -> list[str]:
     """The Parquet files of a folder, or of what a glob matches, in order of name."""
     path = str(data)
-    if _is_glob(path):
-        matches = _glob(path)
-        if not matches:
-            raise UserError(f"nothing matches {path}")
-    else:
-        matches = [path]
-        if not has_folder(path):
-            raise UserError(
-                f"there is no folder {path}: data.dir must hold train/ and test/ folders of "
-                "Parquet files, as `shardemb data convert` writes them"
-            )
+    matches = matches_of(path)
+    if not matches and _is_glob(path):
+        raise UserError(f"nothing matches {path}")
+    if not matches:
+        raise UserError(
+            f"there is no folder {path}: data.dir must hold train/ and test/ folders of "
+            "Parquet files, as `shardemb data convert` writes them"
+        )
+    return files_below(path, matches)
+
+
+def matches_of(path: str) -> list[str]:
+    """The path itself where there is such a file or folder, otherwise what it matches as a glob."""
+    is_pattern = is_remote(path) and _is_glob(path)  # a URL's `?` begins its query otherwise
+    if not is_pattern and _kind(path) != pafs.FileType.NotFound:
+        return [path]
+    return sorted(_glob(path)) if _is_glob(path) else []
+
+
+def files_below(path: str, matches: Sequence[str]) -> list[str]:
+    """Those of `matches` that are files, and the Parquet files of those that are folders, sorted;
+    UserError, which says that `path` holds none, where there are none."""
     files = {file for match in matches for file in _below(match)}
     if not files:
         raise UserError(f"{path} holds no {SUFFIX} file")
     return sorted(files)
+
+
+def _kind(path: str) -> pafs.FileType:
+    filesystem, inner = _filesystem(path) if is_remote(path) else (pafs.LocalFileSystem(), path)
+    try:
+        return filesystem.get_file_info(inner).type
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"cannot reach {path}: {first_line(error)}") from error
 
 
 def _is_glob(path: str) -> bool:
@@ -71,11 +81,11 @@ def _glob(pattern: str) -> list[str]:
 
 def _below(path: str) -> Iterator[str]:
     """The Parquet files in a folder, or the file itself."""
-    if path.endswith(SUFFIX):
+    if _kind(path) != pafs.FileType.Directory:
         yield path
     elif not is_remote(path):
         yield from map(str, Path(path).rglob(f"*{SUFFIX}"))
-    elif has_folder(path):
+    else:
         for inner, kind in _listing(path):
             if kind == pafs.FileType.File and inner.endswith(SUFFIX):
                 yield inner

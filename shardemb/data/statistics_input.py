@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +9,19 @@ from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from planner import RequestError, UserError
 from shardemb.config import RunConfig
 from shardemb.data.columns import element_type
 from shardemb.data.ids import check_vocabularies, is_text
 from shardemb.data.schema import BatchSchema, FeatureSchema
-from shardemb.data.sources import first_line
+from shardemb.data.sources import (
+    files_below,
+    first_line,
+    is_remote,
+    matches_of,
+    open_parquet,
+)
 
 # Work is cut into chunks of about so many rows, and of so many of the largest row group: a group
 # that lies in two chunks is decoded for both.
@@ -32,7 +36,7 @@ _UNREADABLE = (OSError, ValueError, pa.ArrowException)
 class RowGroup:
     """A row group of a file that has rows."""
 
-    file: Path
+    file: str
     index: int
     rows: int
 
@@ -54,7 +58,7 @@ IdKind = Literal["as_is", "hash", "vocabulary"]
 class Footer:
     """What a file's footer says."""
 
-    file: Path
+    file: str
     schema: pa.Schema
     groups: list[RowGroup]
 
@@ -96,31 +100,24 @@ class Columns:
         return list(dict.fromkeys([*(feature.column for feature in self.sparse), *self.dense]))
 
 
-def find_files(paths: Sequence[str | Path]) -> list[Path]:
+def find_files(paths: Sequence[str | Path]) -> list[str]:
     """The Parquet files that files, folders and globs name, each once, in the order given."""
     if not paths:
         raise RequestError("name at least one Parquet file, folder of them, or glob")
-    found: dict[Path, Path] = {}
+    found: dict[str, str] = {}
     for file in (file for path in paths for file in _files_of(str(path))):
-        found.setdefault(file.resolve(), file)
+        found.setdefault(file if is_remote(file) else os.path.realpath(file), file)
     return list(found.values())
 
 
-def _files_of(path: str) -> list[Path]:
-    named = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-    if not named:
+def _files_of(path: str) -> list[str]:
+    matches = matches_of(path)
+    if not matches:
         raise RequestError(f"{path}: there is no such file or folder, and no match of such a glob")
-    files = [file for each in named for file in _files_below(Path(each))]
-    if not files:
-        raise UserError(f"{path} holds no .parquet file")
-    return files
+    return files_below(path, matches)
 
 
-def _files_below(path: Path) -> list[Path]:
-    return sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-
-
-def read_footers(files: Sequence[Path]) -> list[Footer]:
+def read_footers(files: Sequence[str]) -> list[Footer]:
     """Of the files that have rows; UserError where none has, or one is no Parquet file."""
     footers = [footer for footer in map(_read_footer, files) if footer.groups]
     if not footers:
@@ -129,9 +126,9 @@ def read_footers(files: Sequence[Path]) -> list[Footer]:
     return footers
 
 
-def _read_footer(path: Path) -> Footer:
+def _read_footer(path: str) -> Footer:
     try:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             metadata, schema = file.metadata, file.schema_arrow
     except OSError as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
@@ -276,7 +273,7 @@ def read_batches(
 def _read(part: Part, columns: Sequence[str], batch_size: int) -> Iterator[pa.RecordBatch]:
     group, row = part.group, 0
     try:
-        with pq.ParquetFile(group.file, page_checksum_verification=True) as file:
+        with open_parquet(group.file, page_checksum_verification=True) as file:
             pieces = file.iter_batches(batch_size, row_groups=[group.index], columns=columns)
             for piece in pieces:
                 start, stop = max(part.start - row, 0), min(part.stop - row, piece.num_rows)
@@ -297,7 +294,7 @@ def _damaged_column(group: RowGroup, columns: Sequence[str]) -> str:
     """The first column that cannot be read by itself, for a message."""
     for name in columns:
         try:
-            with pq.ParquetFile(group.file, page_checksum_verification=True) as file:
+            with open_parquet(group.file, page_checksum_verification=True) as file:
                 file.read_row_group(group.index, columns=[name])
         except _UNREADABLE:
             return f", column {name}"

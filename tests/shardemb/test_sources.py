@@ -14,6 +14,7 @@ from planner import UserError
 from shardemb.data.parquet import ParquetReader
 from shardemb.data.schema import BatchSchema
 from shardemb.data.sources import parquet_files
+from shardemb.data.statistics import collect_statistics
 
 NAMES = ["a.parquet", "b/c.parquet", "b/d/e.parquet", "b/notes.txt"]
 
@@ -84,3 +85,11 @@ def test_a_file_that_vanishes_while_it_is_read(remote: str) -> None:
     fsspec.filesystem("memory").rm("/bucket/data/b/c.parquet")
     with pytest.raises(UserError, match="b/c.parquet"):
         list(reader.epoch())
+
+
+def test_statistics_of_a_url(local: Path, remote: str) -> None:
+    """`data stats` reads them as the reader does: the same numbers as of the files here."""
+    here, there = (collect_statistics([data], batch_size=10) for data in (local, remote))
+    assert there.rows == 30 and there.features == here.features and there.dense == here.dense
+    globbed = collect_statistics([f"{remote}/?"], batch_size=10)
+    assert globbed.rows == 20
