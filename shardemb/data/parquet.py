@@ -58,7 +58,7 @@ class ParquetReader:
 
     def __init__(
         self,
-        data: str | Path | Sequence[Path],
+        data: str | Path | Sequence[str | Path],
         schema: BatchSchema,
         *,
         batch_size: int,
@@ -133,9 +133,9 @@ class ParquetReader:
         self._resumed = state["epoch"], segments
 
     def _fingerprint(self) -> str:
-        """Of the row groups: their number, rows and order."""
-        rows = np.array([window.rows for window in self.windows], dtype="<i8")
-        digest = hashlib.blake2b(rows.tobytes(), digest_size=8).hexdigest()
+        """Of the names of the files, wherever they are, and the rows of their row groups."""
+        windows = [(Path(w.file).name, w.row_group, w.rows) for w in self.windows]
+        digest = hashlib.blake2b(repr(windows).encode(), digest_size=8).hexdigest()
         return f"{self.rows_per_epoch} rows, {digest}"
 
     def _stand(self, epoch: int) -> tuple[Schedule, int, tuple[Segment, ...]]:

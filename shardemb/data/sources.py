@@ -120,6 +120,8 @@ def _filesystem(url: str) -> tuple[pafs.FileSystem, str]:
         return pafs.FileSystem.from_uri(url)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         pass
+    except OSError as error:  # hdfs without Java's libraries, s3 without a network
+        raise UserError(f"cannot reach {url}: {first_line(error)}") from error
     import fsspec
 
     try:

@@ -3,6 +3,7 @@ wherever the run was stopped."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -187,3 +188,10 @@ def test_other_data_or_another_seed_are_refused(folder: Path, tmp_path: Path) ->
     pq.write_table(pq.read_table(folder / "a.parquet"), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="its training data was 1000 rows.* is 300 rows"):
         readers(tmp_path, 1, shuffle=True, seed=1)[0].resume(state)
+    moved, renamed = tmp_path / "moved", tmp_path / "renamed"
+    shutil.copytree(folder, moved)
+    readers(moved, 1, shuffle=True, seed=1)[0].resume(state)
+    shutil.copytree(folder, renamed)
+    (renamed / "a.parquet").rename(renamed / "aa.parquet")
+    with pytest.raises(UserError, match="its training data was 1000 rows.* is 1000 rows"):
+        readers(renamed, 1, shuffle=True, seed=1)[0].resume(state)

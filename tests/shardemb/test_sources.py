@@ -71,6 +71,8 @@ def test_what_is_not_there(local: Path, remote: str) -> None:
             parquet_files(f"{data}/absent")
     with pytest.raises(UserError, match="nonsense://x: no filesystem for nonsense://"):
         parquet_files("nonsense://x")
+    with pytest.raises(UserError, match="hdfs://nowhere/x"):
+        parquet_files("hdfs://nowhere/x")
     schema = BatchSchema("label")
     with pytest.raises(UserError, match="cannot read memory://bucket/data/gone.parquet"):
         ParquetReader(
