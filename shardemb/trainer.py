@@ -57,7 +57,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> torch.Tensor:
         """One step on this rank's `batch`; this rank's part of the loss, summed over its rows."""
         self.optimizer.zero_grad()
-        batch = batch.to(self.device)
+        batch = batch.to(self.device, non_blocking=True)
         loss_sum = self._loss_sum(self._logits(batch), batch)
         # Gradients are averaged over ranks, so this makes them those of the mean over all rows.
         (loss_sum * (self.world_size / batch.global_rows)).backward()
@@ -107,7 +107,7 @@ class Trainer:
         self.model.eval()
         evaluator = Evaluator(self.device)
         for batch in batches:
-            batch = batch.to(self.device)
+            batch = batch.to(self.device, non_blocking=True)
             evaluator.update(self._logits(batch), batch)
         return evaluator.compute()
 

@@ -6,9 +6,10 @@ the batches, while it is in the CPU's cache. Otherwise rows are put in order fir
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +19,11 @@ from numpy.typing import NDArray
 from torchrec import KeyedJaggedTensor
 
 from shardemb.data.batch import Batch
-from shardemb.data.columns import Bags, Order, Piece, concatenate, transform_dense
+from shardemb.data.columns import Order, Piece, concatenate, in_order
 from shardemb.data.order import Share
 from shardemb.data.schema import BatchSchema
+
+ALIGNMENT = 64  # bytes; of the parts of a batch
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,11 @@ class Portion:
 
 
 class Assembler:
-    """Makes a rank's batches of `batch_size` rows; a step has `global_batch_size` on all ranks."""
+    """Makes a rank's batches of `batch_size` rows; a step has `global_batch_size` on all ranks.
+
+    With `pin_memory` all of a batch lies together in page-locked memory, so that one copy brings
+    it to a GPU. Without, batches share what is the same for all of them.
+    """
 
     def __init__(
         self, schema: BatchSchema, batch_size: int, global_batch_size: int, *, pin_memory: bool
@@ -43,6 +50,7 @@ class Assembler:
         self.schema, self.pin_memory = schema, pin_memory
         self.batch_size, self.global_batch_size = batch_size, global_batch_size
         self._lengths: dict[tuple[int, ...], torch.Tensor] = {}
+        self._no_padding = torch.ones(batch_size)
 
     # --- Straight to the place
 
@@ -55,54 +63,33 @@ class Assembler:
             if block is None or widths != block.widths:
                 return None
             block.put(portion)
+            del portion  # before the next one is read, for its memory
         return self._batches(block) if block else []
 
     def _new_block(self, widths: tuple[int, ...], steps: int) -> _Block:
-        size = self.batch_size
-        ids = steps, size * sum(widths)
-        return _Block(
-            widths=widths,
-            labels=self._empty((steps, size), np.float32),
-            dense=self._empty((steps, len(self.schema.dense), size), np.float32),
-            ids=self._empty(ids, np.int64),
-            weights=self._empty(ids, np.float32) if self.schema.is_weighted else None,
-        )
+        parts = self._allocate(steps, self.batch_size * sum(widths), with_constants=self.pin_memory)
+        if self.pin_memory:
+            parts["lengths"][:] = self._lengths_of(widths)
+            parts["mask"].fill_(1)
+        return _Block(widths, parts)
 
     def _batches(self, block: _Block) -> list[Batch]:
-        transform_dense(block.dense, self.schema)
-        lengths = self._lengths_of(block.widths)
-        masks = torch.ones(block.labels.shape, pin_memory=self.pin_memory)
+        parts = block.parts
+        _transform(parts["dense"], self.schema)
+        constants = {"lengths": self._lengths_of(block.widths), "mask": self._no_padding}
         return [
-            Batch(
-                dense=torch.from_numpy(block.dense[step]).T,
-                sparse=self._jagged(
-                    block.ids[step],
-                    lengths,
-                    None if block.weights is None else block.weights[step],
-                ),
-                labels=torch.from_numpy(block.labels[step]),
-                mask=masks[step],
-                global_rows=self.global_batch_size,
+            self._batch(
+                constants | {name: values[step] for name, values in parts.items()},
+                self.global_batch_size,
             )
-            for step in range(len(masks))
+            for step in range(len(parts["labels"]))
         ]
-
-    def _empty(self, shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
-        kind = np.dtype(dtype)
-        size = int(np.prod(shape)) * kind.itemsize
-        if self.pin_memory:
-            bytes_ = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-        else:
-            # Arrow's allocator keeps pages that the last blocks had; new ones cost as much as to
-            # fill them.
-            bytes_ = np.frombuffer(pa.allocate_buffer(size), np.uint8)
-        return bytes_.view(kind).reshape(shape)
 
     def _lengths_of(self, widths: tuple[int, ...]) -> torch.Tensor:
         """The same for all steps, so that it is made once."""
         if widths not in self._lengths:
             lengths = torch.tensor(widths, dtype=torch.int64).repeat_interleave(self.batch_size)
-            self._lengths[widths] = lengths.pin_memory() if self.pin_memory else lengths
+            self._lengths[widths] = lengths
         return self._lengths[widths]
 
     # --- In order first
@@ -130,52 +117,87 @@ class Assembler:
 
     def _padded(self, piece: Piece | None, global_rows: int) -> Batch:
         """`piece`, padded to `batch_size` rows."""
-        size, rows = self.batch_size, len(piece) if piece else 0
-        dense = self._empty((len(self.schema.dense), size), np.float32)
-        labels, mask = (self._empty((size,), np.float32) for _ in range(2))
-        dense[:, rows:], labels[rows:] = 0, 0
-        mask[:rows], mask[rows:] = 1, 0
-        lengths = self._empty((len(self.schema.features), size), np.int64)
+        rows, bags = (0, ()) if piece is None else (len(piece), piece.bags)
+        allocated = self._allocate(1, sum(len(each.ids) for each in bags), with_constants=True)
+        tensors = {name: values[0] for name, values in allocated.items()}
+        parts = {name: values.numpy() for name, values in tensors.items()}
+        lengths = parts["lengths"].reshape(-1, self.batch_size)
         lengths[:, rows:] = 0
+        parts["dense"][:, rows:], parts["labels"][rows:] = 0, 0
+        parts["mask"][:rows], parts["mask"][rows:] = 1, 0
         if piece is not None:
-            labels[:rows] = piece.labels
-            for row, values in zip(dense, piece.dense, strict=True):
+            parts["labels"][:rows] = piece.labels
+            for row, values in zip(parts["dense"], piece.dense, strict=True):
                 row[:rows] = values
-            transform_dense(dense[:, :rows], self.schema)
-            for row, bags in zip(lengths, piece.bags, strict=True):
-                row[:rows] = bags.lengths(rows)
-        parts: tuple[Bags, ...] = piece.bags if piece else ()
-        ids = self._joined([bags.ids for bags in parts], np.int64)
-        weights = None
+            _transform(tensors["dense"][:, :rows], self.schema)
+            for row, each in zip(lengths, bags, strict=True):
+                row[:rows] = each.lengths(rows)
+        _join([each.ids for each in bags], parts["ids"])
         if self.schema.is_weighted:
-            given = [bags.weights for bags in parts if bags.weights is not None]
-            weights = self._joined(given, np.float32)
+            _join([each.weights for each in bags if each.weights is not None], parts["weights"])
+        return self._batch(tensors, global_rows)
+
+    # --- Both
+
+    def _allocate(self, steps: int, ids: int, *, with_constants: bool) -> dict[str, torch.Tensor]:
+        """Tensors [steps, ...] of all that batches have, one batch after the other in memory;
+        each has so many `ids`."""
+        size, dense, features = self.batch_size, len(self.schema.dense), len(self.schema.features)
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "labels": (torch.float32, (size,)),
+            "dense": (torch.float32, (dense, size)),
+            "ids": (torch.int64, (ids,)),
+        }
+        if self.schema.is_weighted:
+            shapes["weights"] = torch.float32, (ids,)
+        if with_constants:
+            shapes["mask"] = torch.float32, (size,)
+            shapes["lengths"] = torch.int64, (features * size,)
+        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values()]
+        starts = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+        memory = self._memory(steps * starts[-1]).view(steps, starts[-1])
+        return {
+            name: memory[:, start : start + size].view(dtype).view(steps, *shape)
+            for (name, (dtype, shape)), start, size in zip(
+                shapes.items(), starts, sizes, strict=False
+            )
+        }
+
+    def _memory(self, size: int) -> torch.Tensor:
+        if self.pin_memory:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        # Arrow's allocator keeps pages that the last blocks had; new ones cost as much as to fill
+        # them.
+        return torch.from_numpy(np.frombuffer(pa.allocate_buffer(size), np.uint8))
+
+    def _batch(self, parts: dict[str, torch.Tensor], global_rows: int) -> Batch:
         return Batch(
-            dense=torch.from_numpy(dense).T,
-            sparse=self._jagged(ids, torch.from_numpy(lengths.reshape(-1)), weights),
-            labels=torch.from_numpy(labels),
-            mask=torch.from_numpy(mask),
+            dense=parts["dense"].T,
+            sparse=KeyedJaggedTensor(
+                keys=[feature.name for feature in self.schema.features],
+                values=parts["ids"],
+                lengths=parts["lengths"],
+                weights=parts.get("weights"),
+                stride=self.batch_size,
+            ),
+            labels=parts["labels"],
+            mask=parts["mask"],
             global_rows=global_rows,
         )
 
-    def _joined(self, parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
-        joined = self._empty((sum(map(len, parts)),), dtype)
-        end = 0
-        for part in parts:
-            start, end = end, end + len(part)
-            joined[start:end] = part
-        return joined
 
-    def _jagged(
-        self, ids: NDArray[np.int64], lengths: torch.Tensor, weights: NDArray[np.float32] | None
-    ) -> KeyedJaggedTensor:
-        return KeyedJaggedTensor(
-            keys=[feature.name for feature in self.schema.features],
-            values=torch.from_numpy(ids),
-            lengths=lengths,
-            weights=None if weights is None else torch.from_numpy(weights),
-            stride=self.batch_size,
-        )
+def _join(parts: Sequence[NDArray[Any]], target: NDArray[Any]) -> None:
+    end = 0
+    for part in parts:
+        start, end = end, end + len(part)
+        target[start:end] = part
+
+
+def _transform(values: torch.Tensor, schema: BatchSchema) -> None:
+    """In place; a NaN in the data means the same as a null."""
+    if schema.dense_transform == "log":
+        torch.copysign(values.abs().log1p_(), values, out=values)
+    values.nan_to_num_(schema.dense_null_value)
 
 
 class _Cut(NamedTuple):
@@ -208,45 +230,39 @@ def _cuts(portion: Portion) -> Iterator[_Cut]:
         position += steps * rows
 
 
-@dataclass(frozen=True)
 class _Block:
     """The batches of several steps; `ids` and `weights` hold one feature after the other."""
 
-    widths: tuple[int, ...]
-    labels: NDArray[np.float32]
-    dense: NDArray[np.float32]
-    ids: NDArray[np.int64]
-    weights: NDArray[np.float32] | None
+    def __init__(self, widths: tuple[int, ...], parts: dict[str, torch.Tensor]) -> None:
+        """`parts` are tensors [steps, ...]."""
+        self.widths, self.parts = widths, parts
+        self._labels, self._dense = parts["labels"].numpy(), parts["dense"].numpy()
+        self._ids = list(self._of_features(parts["ids"]))
+        weights = parts.get("weights")
+        self._weights = [] if weights is None else list(self._of_features(weights))
 
-    @cached_property
-    def ids_of_features(self) -> list[NDArray[np.int64]]:
-        return list(self._of_features(self.ids))
-
-    @cached_property
-    def weights_of_features(self) -> list[NDArray[np.float32]]:
-        return [] if self.weights is None else list(self._of_features(self.weights))
-
-    def _of_features(self, values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    def _of_features(self, values: torch.Tensor) -> Iterator[NDArray[Any]]:
         """Views [steps, batch_size], or [steps, batch_size, width]."""
-        steps, size = self.labels.shape
+        steps, size = self._labels.shape
         end = 0
         for width in self.widths:
             start, end = end, end + size * width
             shape = (steps, size) if width == 1 else (steps, size, width)
-            yield values[:, start:end].reshape(shape)
+            yield values[:, start:end].view(shape).numpy()
 
     def put(self, portion: Portion) -> None:
         piece = portion.piece
         assert piece is not None
         cuts, order = list(_cuts(portion)), portion.order
-        _place(piece.labels[order], cuts, self.labels)
+        _place(in_order(piece.labels, order), cuts, self._labels)
         for column, values in enumerate(piece.dense):
-            _place(values[order], cuts, self.dense[:, column])
-        for bags, ids in zip(piece.bags, self.ids_of_features, strict=True):
-            _place(bags.ids.reshape(len(piece), *ids.shape[2:])[order], cuts, ids)
-        for bags, weights in zip(piece.bags, self.weights_of_features, strict=False):
+            _place(in_order(values, order), cuts, self._dense[:, column])
+        for bags, ids in zip(piece.bags, self._ids, strict=True):
+            _place(in_order(bags.ids.reshape(len(piece), *ids.shape[2:]), order), cuts, ids)
+        for bags, weights in zip(piece.bags, self._weights, strict=False):
             assert bags.weights is not None
-            _place(bags.weights.reshape(len(piece), *weights.shape[2:])[order], cuts, weights)
+            rows = bags.weights.reshape(len(piece), *weights.shape[2:])
+            _place(in_order(rows, order), cuts, weights)
 
 
 def _place(values: NDArray[Any], cuts: Sequence[_Cut], target: NDArray[Any]) -> None:

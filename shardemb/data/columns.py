@@ -30,6 +30,11 @@ class Origin:
 Order = NDArray[np.int64] | slice  # of rows: some of them one after the other, or any
 
 
+def in_order(rows: NDArray[Any], order: Order) -> NDArray[Any]:
+    """`rows[order]`; where rows have several values, `take` is four times as fast as an index."""
+    return rows[order] if isinstance(order, slice) else rows.take(order, axis=0)
+
+
 @dataclass(frozen=True)
 class Bags:
     """The ids of one feature: `width` in each row, or where rows differ (None) those of row i at
@@ -60,9 +65,10 @@ class Bags:
         return Bags(self.ids[values], None, offsets, weights)
 
     def _rows(self, values: NDArray[Any], order: Order) -> NDArray[Any]:
-        if self.width == 1:
-            return values[order]
-        return values.reshape(-1, self.width or 1)[order].reshape(-1) if self.width else values
+        if not self.width:
+            return values
+        rows = values if self.width == 1 else values.reshape(-1, self.width)
+        return in_order(rows, order).reshape(-1)
 
     def _weights(self, order: Order) -> NDArray[np.float32] | None:
         return None if self.weights is None else self._rows(self.weights, order)
@@ -87,8 +93,8 @@ class Piece:
         return widths if len(widths) == len(self.bags) else None
 
     def take(self, order: Order) -> Piece:
-        dense = tuple(column[order] for column in self.dense)
-        return Piece(self.labels[order], dense, tuple(bags.take(order) for bags in self.bags))
+        labels, *dense = (in_order(column, order) for column in (self.labels, *self.dense))
+        return Piece(labels, tuple(dense), tuple(bags.take(order) for bags in self.bags))
 
 
 def concatenate(pieces: Sequence[Piece]) -> Piece:
@@ -157,7 +163,7 @@ def _numbers(array: pa.Array) -> NDArray[Any]:
     valid, values = array.buffers()
     rows = slice(array.offset, array.offset + len(array))
     numbers = np.frombuffer(values, array.type.to_pandas_dtype())[rows].astype(np.float32)
-    numbers += _NAN_OF_BITS[np.frombuffer(valid, np.uint8)].reshape(-1)[rows]
+    numbers += _NAN_OF_BITS.take(np.frombuffer(valid, np.uint8), axis=0).reshape(-1)[rows]
     return numbers
 
 
@@ -196,17 +202,6 @@ def _dense(array: pa.Array, name: str, origin: Origin) -> NDArray[Any]:
             "which is no finite 32-bit float; correct it or make it null"
         )
     return numbers
-
-
-def transform_dense(values: NDArray[np.float32], schema: BatchSchema) -> None:
-    """In place; a NaN in the data means the same as a null."""
-    if schema.dense_transform == "log":
-        logs = np.abs(values)
-        np.log1p(logs, out=logs)
-        np.copysign(logs, values, out=values)
-    is_null = np.isnan(values)
-    if is_null.any():
-        values[is_null] = schema.dense_null_value
 
 
 def _bags(

@@ -77,7 +77,9 @@ class Decoder:
     def _table(self, window: Window) -> pa.Table:
         columns = self._schema.columns
         if window.is_whole:
-            return self._files[window.file].read_row_group(window.row_group, columns=columns)
+            return self._files[window.file].read_row_group(
+                window.row_group, columns=columns, use_threads=pa.cpu_count() > 1
+            )
         if self._stream is None or not self._stream.comes_to(window):
             self._stream = _Stream(window, columns)
         return self._stream.read(window)

@@ -244,10 +244,14 @@ class _Lane:
         while first < wanted and (part := self._next()):
             now = Part(part.window, part.start, min(part.stop, part.start + wanted - first))
             order = rows_in_order(now, *self._order)
-            yield Portion(self._share, self._piece, order, first, now.rows)
+            piece, rest = self._piece, Part(part.window, now.stop, part.stop)
+            if rest.rows:
+                self._part = rest
+            else:  # its memory goes to the next one while it is in the CPU's cache
+                self._part = self._piece = None
+            yield Portion(self._share, piece, order, first, now.rows)
+            piece = None
             first += now.rows
-            rest = Part(part.window, now.stop, part.stop)
-            self._part = rest if rest.rows else None
 
     def _next(self) -> Part | None:
         if self._part is None:

@@ -7,9 +7,13 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from planner import ShardingRule, Topology, plan_by_rule
 from planner.geometry import SHARDING_TYPES
+from shardemb.config import RunConfig
+from shardemb.data.parquet import ParquetReader
+from shardemb.data.schema import BatchSchema
 from tests.distributed.pool import WorkerPool
 from tests.distributed.test_sharded_equals_unsharded import check, specs
 from tests.gpu.conftest import Place
@@ -39,3 +43,24 @@ def test_a_run_comes_to_its_end(place: Place, tmp_path: Path) -> None:
     assert math.isfinite(result["train_loss"])
     assert result["eval"]["samples"] == 500
     assert all(math.isfinite(result["eval"][name]) for name in ("auc", "logloss"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_batch_goes_to_a_gpu_by_one_copy(tmp_path: Path) -> None:
+    """From page-locked memory, with the values that a CPU is given."""
+    data = make_data(tmp_path / "data")
+    schema = BatchSchema.from_config(RunConfig.model_validate(tiny_config(data, tmp_path)))
+    reader = ParquetReader(data / "train", schema, batch_size=64, rank=0, world_size=1)
+    batches = reader.epoch()
+    host = next(batches)
+    batches.close()
+    assert host.labels.is_pinned()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        device = host.to(torch.device("cuda"), non_blocking=True)
+        torch.cuda.synchronize()
+    copies = [event for event in profile.events() if "HtoD" in event.name]
+    assert len(copies) == 1
+    assert torch.equal(device.dense.cpu(), host.dense)
+    assert torch.equal(device.sparse.values().cpu(), host.sparse.values())
+    assert torch.equal(device.sparse.lengths().cpu(), host.sparse.lengths())
