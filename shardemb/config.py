@@ -234,9 +234,33 @@ class TrainConfig(_Section):
     batch_size: int = Field(default=2048, gt=0, description="rows a step on each rank")
     epochs: int = Field(default=1, gt=0)
     max_steps: int | None = Field(default=None, gt=0, description="stop after so many steps")
+    deterministic: bool = Field(
+        default=False,
+        description="the same bits whether or not the run was stopped; somewhat slower",
+    )
     log_every: int = Field(default=20, gt=0, description="steps between lines in metrics.jsonl")
     table_optimizer: TableOptimizerConfig = TableOptimizerConfig()
     dense_optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
+
+
+class CheckpointConfig(_Section):
+    """Copies of the training state to go on from."""
+
+    dir: str | None = Field(
+        default=None, description="a folder or URL; default: checkpoints/ in the run directory"
+    )
+    every_steps: int | None = Field(
+        default=None, gt=0, description="default: one checkpoint, at the end of training"
+    )
+    keep_last: int = Field(default=2, gt=0)
+    asynchronous: bool = Field(
+        default=True,
+        description="train on while a copy is written; false: no memory for a copy is needed",
+    )
+    resume: str | None = Field(
+        default=None,
+        description="go on in the run directory `output`: latest, or the name of a checkpoint",
+    )
 
 
 class LaunchConfig(_Section):
@@ -256,6 +280,7 @@ class RunConfig(_Section):
     model: ModelConfig = ModelConfig()
     sharding: ShardingConfig = ShardingConfig()
     train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     launch: LaunchConfig = LaunchConfig()
 
     @field_validator("tables", mode="before")
@@ -292,6 +317,10 @@ class RunConfig(_Section):
     def _hashes(self, features: list[str]) -> float:
         """Rows that an id is hashed to, on average over the features."""
         return sum(self.feature(name).num_hashes for name in features) / len(features)
+
+    @property
+    def checkpoint_dir(self) -> str:
+        return self.checkpoint.dir or str(self.output / "checkpoints")
 
     def table_specs(self) -> list[TableSpec]:
         """The tables as the planner knows them."""

@@ -65,7 +65,7 @@ def make_optimizer(
     replicated: dict[str, nn.Parameter] = {}
     others: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
-        table = _table_of(name, plan)
+        table = table_of(name, plan)
         if table is None:
             others[name] = parameter
         elif plan.tables[table].sharding_type == "data_parallel":
@@ -86,7 +86,7 @@ def _keyed(
     return KeyedOptimizerWrapper(parameters, lambda values: make(values, **kwargs))
 
 
-def _table_of(parameter_name: str, plan: Plan) -> str | None:
+def table_of(parameter_name: str, plan: Plan) -> str | None:
     """The table whose weight this is; TorchRec names it `...embedding_bags.TABLE.weight`."""
     *_, collection, table, leaf = ["", "", *parameter_name.split(".")]
     is_table = collection in ("embedding_bags", "embeddings") and leaf == "weight"

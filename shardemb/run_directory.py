@@ -30,6 +30,7 @@ class Created:
     device: int
     inode: int
     earlier: str | None  # where the earlier run of this name is now
+    is_resumed: bool = False  # it was there before: this run goes on in it
 
 
 class RunDirectory:
@@ -45,6 +46,11 @@ class RunDirectory:
         self.path = config.output
         self._config, self._plan = config, plan
         self._created: Created | None = None
+        self._resumed_step: int | None = None
+
+    def resume_at(self, step: int) -> None:
+        """Have `create` go on in the directory that there is, as it was after `step`."""
+        self._resumed_step = step
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -60,17 +66,19 @@ class RunDirectory:
 
     def create(self) -> None:
         """The directory with config.yaml and plan.json in it, or all as it was before."""
-        kept, ours = None, False
+        kept, ours, resumed = None, False, self._resumed_step
         try:
             check_output(self.path)
-            kept = _set_aside(self.path)
+            kept = _set_aside(self.path) if resumed is None else None
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY)  # held as long as this process lives
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
+            ours = resumed is None
             self._note_created(kept)
-            (self.path / "config.yaml").write_text(self._config.to_yaml())
-            (self.path / "plan.json").write_text(self._plan.to_json())
+            replace_file(self.path / "config.yaml", self._config.to_yaml())
+            replace_file(self.path / "plan.json", self._plan.to_json())
+            if resumed is not None:
+                _forget_after(self.path, resumed)
         except OSError as error:
             if ours:  # never an earlier run, or one that another process has just begun
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -92,6 +100,7 @@ class RunDirectory:
             device=found.st_dev,
             inode=found.st_ino,
             earlier=str(earlier.absolute()) if earlier else None,
+            is_resumed=self._resumed_step is not None,
         )
         if has_launcher():
             note_directory(asdict(self._created))
@@ -100,9 +109,9 @@ class RunDirectory:
 def close_failed(created: Created, error: str) -> None:
     """End the directory of a run that failed with the message `error`; its writer is gone.
 
-    failure.json goes beside the metrics. A run that reported no step after its first has nothing
-    to keep: its directory goes, and the earlier run gets its name back. Never raises, so that the
-    failure of the run stays the one that is shown.
+    failure.json goes beside the metrics. A run that reported no step after its first and has no
+    checkpoint has nothing to keep: its directory goes, and the earlier run gets its name back.
+    Never raises, so that the failure of the run stays the one that is shown.
     """
     path = Path(created.path)
     with suppress(OSError, ValueError):  # ValueError: metrics.jsonl was changed from outside
@@ -111,9 +120,10 @@ def close_failed(created: Created, error: str) -> None:
         if not is_ours or (path / "result.json").exists():
             return
         steps = _reported_steps(path / "metrics.jsonl")
-        if len(steps) > 1:
+        if len(steps) > 1 or created.is_resumed or (path / "checkpoints").exists():
             partial_of(path / "result.json").unlink(missing_ok=True)
-            _write_json(path / "failure.json", {"error": error, "step": steps[-1]})
+            last = steps[-1] if steps else None
+            _write_json(path / "failure.json", {"error": error, "step": last})
             return
         shutil.rmtree(path)
         if created.earlier:
@@ -122,14 +132,27 @@ def close_failed(created: Created, error: str) -> None:
 
 def _reported_steps(metrics: Path) -> list[int]:
     """The steps in metrics.jsonl, which loses a last line that was not written to its end."""
+    lines = _whole_lines(metrics)
+    return [record["step"] for record in map(json.loads, lines) if record["kind"] == "train"]
+
+
+def _whole_lines(metrics: Path) -> list[bytes]:
     if not metrics.exists():
         return []
     text = metrics.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     if whole != text:
         os.truncate(metrics, len(whole))
-    records = map(json.loads, whole.splitlines())
-    return [record["step"] for record in records if record["kind"] == "train"]
+    return whole.splitlines()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Leave of an earlier run what was true after `step`, for one that goes on there."""
+    for name in ("result.json", "failure.json"):
+        (path / name).unlink(missing_ok=True)
+    metrics = path / "metrics.jsonl"
+    lines = [line.decode() for line in _whole_lines(metrics) if json.loads(line)["step"] <= step]
+    replace_file(metrics, "".join(f"{line}\n" for line in lines))
 
 
 def _write_json(target: Path, value: dict[str, Any]) -> None:
@@ -197,7 +220,9 @@ def _cannot_write(path: Path, error: OSError) -> str:
 
 def summarize(config: RunConfig, result: dict[str, Any]) -> str:
     """What a user wants to know at the end of a run, next to what he could have reached."""
-    lines = [f"trained {result['steps']} steps, {result['samples_per_second']:,.0f} samples/s"]
+    speed = result["samples_per_second"]
+    shown = "" if speed is None else f", {speed:,.0f} samples/s"
+    lines = [f"trained {result['steps']} steps{shown}"]
     if result["eval"]:
         info = read_info(config.data.dir)
         best = info.best_reachable if info else None

@@ -17,6 +17,7 @@ from shardemb.quiet import silence_libraries
 from shardemb.run_directory import RunDirectory, summarize, without_nan
 
 if TYPE_CHECKING:
+    from shardemb.checkpoint.checkpoints import Checkpoints
     from shardemb.data.order import Window
     from shardemb.data.parquet import ParquetReader
     from shardemb.metrics.evaluation import Evaluation
@@ -39,6 +40,7 @@ def run(config: RunConfig) -> None:
     import torch
     import torch.distributed as dist
 
+    from shardemb.checkpoint.checkpoints import Checkpoints
     from shardemb.models import build_model
     from shardemb.process_group import process_group
     from shardemb.sharding.shard_model import current_topology, shard_model
@@ -53,18 +55,34 @@ def run(config: RunConfig) -> None:
         _try_first_batch(train_data, test_data)
         _tell("building the model")
         torch.manual_seed(config.seed)
+        torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
         model = build_model(config)
         plan = _agree_on_plan(config, topology)
         directory = RunDirectory(config, plan) if dist.get_rank() == 0 else None
         _tell(f"sharding {len(plan.tables)} tables")
         sharded = shard_model(
-            model, plan, config.train.table_optimizer, device=device, seed=config.seed
+            model,
+            plan,
+            config.train.table_optimizer,
+            device=device,
+            seed=config.seed,
+            deterministic=config.train.deterministic,
         )
         trainer = Trainer(sharded, config.train.dense_optimizer)
+        checkpoints = Checkpoints(
+            config.checkpoint_dir,
+            keep_last=config.checkpoint.keep_last,
+            asynchronous=config.checkpoint.asynchronous,
+        )
+        is_resumed = _resume(config, checkpoints, trainer, train_data)
+        if directory and is_resumed:
+            directory.resume_at(trainer.step)
         _tell(f"training on {topology.world_size} x {device.type}")
         with directory or nullcontext():
-            progress, evaluation = _train(config, trainer, train_data, test_data, directory)
-            result = _result(plan, progress, evaluation)
+            progress, evaluation = _train(
+                config, trainer, train_data, test_data, directory, checkpoints
+            )
+            result = _result(trainer, progress, evaluation, checkpoints)
             if config.data.on_error == "skip":
                 result["skipped_rows"] = _skipped_rows(train_data, test_data)
             if directory:
@@ -101,27 +119,54 @@ def _skipped_rows(*readers: ParquetReader | None) -> int:
     return sum(window.rows for window in set().union(*ranks))
 
 
+def _resume(
+    config: RunConfig, checkpoints: Checkpoints, trainer: Trainer, reader: ParquetReader
+) -> bool:
+    """Whether the run goes on from a checkpoint, which it does where it is asked to and can."""
+    wanted, names = config.checkpoint.resume, []
+    if wanted is not None or config.checkpoint.dir is not None:
+        names = checkpoints.find()
+    if wanted is None:
+        checkpoints.refuse_earlier(names)
+        return False
+    if wanted == "latest" and not names:
+        _tell(f"no checkpoint in {config.checkpoint_dir}: starting from the beginning")
+        return False
+    manifest = checkpoints.load(trainer, None if wanted == "latest" else wanted)
+    assert manifest.loader is not None
+    reader.resume(manifest.loader)
+    _tell(f"going on after step {manifest.step}")
+    return True
+
+
 def _train(
     config: RunConfig,
     trainer: Trainer,
     train_data: ParquetReader,
     test_data: ParquetReader | None,
     directory: RunDirectory | None,
-) -> tuple[Progress, Evaluation | None]:
-    steps = config.train.epochs * train_data.steps_per_epoch
-    with _log(directory, min(steps, config.train.max_steps or steps)) as log:
+    checkpoints: Checkpoints,
+) -> tuple[Progress | None, Evaluation | None]:
+    last = trainer.last_step(train_data, config.train.epochs, config.train.max_steps)
+    if config.checkpoint.every_steps:
+        checkpoints.prepare(trainer)
+    with _log(directory, last, trainer.step + 1) as log:
         progress = trainer.train(
             train_data,
             epochs=config.train.epochs,
             max_steps=config.train.max_steps,
             report_every=config.train.log_every,
             report=log.report if log else None,
+            checkpoints=checkpoints,
+            checkpoint_every=config.checkpoint.every_steps,
         )
+        if log and progress is None:
+            log.begin()
         if log and test_data:
             log.evaluating()
         evaluation = trainer.evaluate(test_data.epoch()) if test_data else None
         if log and evaluation:
-            log.evaluated(evaluation, progress.step)
+            log.evaluated(evaluation, trainer.step)
     return progress, evaluation
 
 
@@ -149,24 +194,32 @@ def _agree_on_plan(config: RunConfig, topology: Topology) -> Plan:
     return plan[0]
 
 
-def _log(directory: RunDirectory | None, steps: int) -> RunLog | nullcontext[None]:
+def _log(directory: RunDirectory | None, last: int, first: int) -> RunLog | nullcontext[None]:
     if directory is None:
         return nullcontext()
     from shardemb.metrics.run_log import RunLog
 
-    return RunLog(directory, steps)
+    return RunLog(directory, last, first)
 
 
-def _result(plan: Plan, progress: Progress, evaluation: Evaluation | None) -> dict[str, Any]:
+def _result(
+    trainer: Trainer,
+    progress: Progress | None,
+    evaluation: Evaluation | None,
+    checkpoints: Checkpoints,
+) -> dict[str, Any]:
+    """Speed and loss are None where a run that went on had no step left to train."""
+    plan = trainer.model.planner_plan
+    assert checkpoints.names
     return {
-        "steps": progress.step,
-        "samples": progress.samples,
-        "samples_per_second": progress.samples_per_second,
-        "data_wait_fraction": progress.data_wait_fraction,
-        "train_loss": progress.train_loss,
+        "steps": trainer.step,
+        "samples": trainer.samples,
+        "samples_per_second": progress.samples_per_second if progress else None,
+        "data_wait_fraction": progress.data_wait_fraction if progress else None,
+        "train_loss": progress.train_loss if progress else None,
         "world_size": plan.topology.world_size,
         "plan_fingerprint": plan.fingerprint,
-        "checkpoint": None,
+        "checkpoint": checkpoints.store.path(checkpoints.names[-1]),
         "eval": asdict(evaluation) if evaluation else None,
     }
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from planner import UserError
+from shardemb.checkpoint.checkpoints import Checkpoints
 from shardemb.config import DenseOptimizerConfig
 from shardemb.data.batch import Batch
 from shardemb.data.parquet import ParquetReader
@@ -21,6 +23,8 @@ from shardemb.sharding.shard_model import ShardedModel
 
 # The first steps build buckets, thread pools and caches: speed is measured after them.
 WARMUP_STEPS = 10
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Trainer:
     ) -> None:
         self.model = model
         self.device = model.device
+        self.step, self.samples = 0, 0  # trained so far; samples are rows over all ranks
         self.world_size = dist.get_world_size()
         self.optimizer = make_optimizer(
             model,
@@ -72,34 +77,50 @@ class Trainer:
         max_steps: int | None = None,
         report_every: int = 20,
         report: Callable[[Progress], None] | None = None,
-    ) -> Progress:
-        """Train for `epochs`, or `max_steps` if that is less; at least one step.
+        checkpoints: Checkpoints | None = None,
+        checkpoint_every: int | None = None,
+    ) -> Progress | None:
+        """Train for `epochs` in all, or up to step `max_steps` if that is less.
 
-        `report` is called after the first step, every so many and the last. UserError when the
-        loss is no finite number any more.
+        A trainer and a reader that go on from a checkpoint train what is left; None where that is
+        nothing. `report` is called after the first step, every so many and the last. `checkpoints`
+        gets one every so many steps and after the last. UserError when the loss is no finite
+        number any more.
         """
-        steps = epochs * reader.steps_per_epoch
-        steps = steps if max_steps is None else min(steps, max_steps)
-        if steps < 1:
+        last = self.last_step(reader, epochs, max_steps)
+        if last < 1:
             raise ValueError(f"{epochs} epochs and max_steps {max_steps} leave no step to train")
-        batches = (batch for epoch in range(epochs) for batch in reader.epoch(epoch))
         self.model.train()
-        meter = _Meter(self.device)
-        for step in range(1, steps + 1):
-            batch = meter.wait_for(batches)
+        meter, progress = _Meter(self.device, self.samples), None
+        first = self.step + 1
+        batches = _with_position(reader, epochs)
+        while self.step < last:
+            batch, position = meter.wait_for(batches)
             meter.add(self.train_step(batch), batch.global_rows)
-            if step % report_every == 0 or step in (1, steps):
-                progress = meter.progress(step)
+            self.step, self.samples = self.step + 1, meter.samples
+            is_saved = checkpoints is not None and _is_due(self.step, last, checkpoint_every)
+            if _is_due(self.step, last, report_every) or self.step == first or is_saved:
+                progress = meter.progress(self.step)
                 if not math.isfinite(progress.train_loss):
                     raise UserError(
-                        f"the training loss is {progress.train_loss} at step {step}: lower the "
-                        "learning rates (train.table_optimizer.lr, train.dense_optimizer.lr)"
+                        f"the training loss is {progress.train_loss} at step {self.step}: lower "
+                        "the learning rates (train.table_optimizer.lr, train.dense_optimizer.lr)"
                     )
                 if report:
                     report(progress)
-            if step == WARMUP_STEPS:
+            if checkpoints is not None and is_saved:
+                checkpoints.save(self, reader.state(*position))
+            if self.step == first + WARMUP_STEPS - 1:
                 meter.start_steady_state()
+        batches.close()
+        if checkpoints:
+            checkpoints.wait()
         return progress
+
+    def last_step(self, reader: ParquetReader, epochs: int, max_steps: int | None) -> int:
+        """The number of the step that training ends with."""
+        left = sum(reader.steps_left(epoch) for epoch in range(reader.first_epoch, epochs))
+        return min(self.step + left, max_steps or self.step + left)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
@@ -127,23 +148,39 @@ class Trainer:
         )
 
 
+Position = tuple[int, int]  # the arguments of ParquetReader.state
+
+
+def _with_position(
+    reader: ParquetReader, epochs: int
+) -> Generator[tuple[Batch, Position], None, None]:
+    """Batches, and where the reader stands after each."""
+    for epoch in range(reader.first_epoch, epochs):
+        for steps, batch in enumerate(reader.epoch(epoch), start=1):
+            yield batch, (epoch, steps)
+
+
+def _is_due(step: int, last: int, every: int | None) -> bool:
+    return step == last or (every is not None and step % every == 0)
+
+
 class _Meter:
     """Counts rows, loss, time and the part of it spent waiting for data."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, samples: int) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._loss_rows = 0
-        self.samples = 0
+        self.samples = samples
         self.start_steady_state()
 
     def start_steady_state(self) -> None:
         self._since, self._waited, self._rows_before = time.perf_counter(), 0.0, self.samples
 
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+    def wait_for(self, batches: Iterator[T]) -> T:
         start = time.perf_counter()
-        batch = next(batches)
+        item = next(batches)
         self._waited += time.perf_counter() - start
-        return batch
+        return item
 
     def add(self, loss_sum: torch.Tensor, global_rows: int) -> None:
         self._loss += loss_sum

@@ -58,7 +58,7 @@ def files_below(path: str, matches: Sequence[str]) -> list[str]:
 
 
 def _kind(path: str) -> pafs.FileType:
-    filesystem, inner = _filesystem(path) if is_remote(path) else (pafs.LocalFileSystem(), path)
+    filesystem, inner = filesystem_of(path) if is_remote(path) else (pafs.LocalFileSystem(), path)
     try:
         return filesystem.get_file_info(inner).type
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -95,7 +95,7 @@ def open_parquet(path: str, **options: Any) -> pq.ParquetFile:
     """`path` opened to be read, a URL with its ranges read ahead in few requests."""
     if not is_remote(path):
         return pq.ParquetFile(path, **options)
-    filesystem, inner = _filesystem(path)
+    filesystem, inner = filesystem_of(path)
     return pq.ParquetFile(filesystem.open_input_file(inner), pre_buffer=True, **options)
 
 
@@ -103,7 +103,7 @@ def read_bytes(path: str) -> bytes:
     """Raises OSError; FileNotFoundError where there is no such file."""
     if not is_remote(path):
         return Path(path).read_bytes()
-    filesystem, inner = _filesystem(path)
+    filesystem, inner = filesystem_of(path)
     with filesystem.open_input_stream(inner) as stream:
         return bytes(stream.read())
 
@@ -113,7 +113,7 @@ def first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _filesystem(url: str) -> tuple[pafs.FileSystem, str]:
+def filesystem_of(url: str) -> tuple[pafs.FileSystem, str]:
     """Arrow's own for file, s3, gs and hdfs; fsspec's for all others."""
     scheme = url.partition("://")[0]
     try:
@@ -133,7 +133,7 @@ def _filesystem(url: str) -> tuple[pafs.FileSystem, str]:
 
 def _listing(url: str) -> list[tuple[str, pafs.FileType]]:
     """All that is below a URL, as URLs."""
-    filesystem, inner = _filesystem(url)
+    filesystem, inner = filesystem_of(url)
     try:
         infos = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
     except OSError as error:

@@ -29,8 +29,8 @@ class RunLog:
     The first report creates the run directory.
     """
 
-    def __init__(self, directory: RunDirectory, total_steps: int) -> None:
-        self._directory = directory
+    def __init__(self, directory: RunDirectory, total_steps: int, first_step: int = 1) -> None:
+        self._directory, self._first_step = directory, first_step
         self._path = directory.path / "metrics.jsonl"
         self._console = Console(file=sys.stderr)
         self._total = total_steps
@@ -62,11 +62,16 @@ class RunLog:
 
     @cached_property
     def _tensorboard(self) -> SummaryWriter:
-        return SummaryWriter(str(self._directory.path / "tensorboard"))
+        return SummaryWriter(str(self._directory.path / "tensorboard"), purge_step=self._first_step)
 
-    def report(self, progress: Progress) -> None:
+    def begin(self) -> None:
+        """Create the run directory, if that is not done."""
         if "_tensorboard" not in vars(self):
             self._directory.create()
+            _ = self._tensorboard
+
+    def report(self, progress: Progress) -> None:
+        self.begin()
         self._write({"kind": "train", "time": time.time(), **asdict(progress)})
         for name in ("train_loss", "samples_per_second", "data_wait_fraction"):
             self._tensorboard.add_scalar(f"train/{name}", getattr(progress, name), progress.step)

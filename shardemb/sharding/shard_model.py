@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagCollection
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import (
+    DefaultDataParallelWrapper,
+    DistributedModelParallel,
+)
 from torchrec.distributed.types import ShardingEnv
 
-from planner import Plan, PlannerError, Topology
+from planner import Plan, PlannerError, TableSpec, Topology
 from shardemb.config import TableOptimizerConfig
 from shardemb.optim import attach_table_optimizer
 from shardemb.sharding.empty_shards import mend_empty_shards
@@ -34,6 +37,7 @@ class ShardedModel(DistributedModelParallel):
     """
 
     planner_plan: Plan  # DistributedModelParallel.plan is the same as TorchRec has it
+    table_specs: tuple[TableSpec, ...]
     table_optimizer: TableOptimizerConfig
 
 
@@ -53,6 +57,7 @@ def shard_model(
     *,
     device: torch.device | None = None,
     seed: int = 0,
+    deterministic: bool = False,
 ) -> ShardedModel:
     """Shard the embedding collections of `model` as `plan` says; replicate all else.
 
@@ -61,6 +66,10 @@ def shard_model(
     values they have. The tables' optimizer runs inside backward; tables that the plan has as
     `data_parallel` and dense layers are left to `shardemb.Trainer` or
     `shardemb.optim.make_optimizer`.
+
+    `deterministic`: gradients are summed in one order in all steps, so that a run that goes on from
+    a checkpoint has the bits of one that never stopped, on any number of ranks; otherwise DDP may
+    change the order after its first step.
 
     Raises PlannerError where the plan is for other tables or for another topology.
     """
@@ -86,6 +95,7 @@ def shard_model(
         plan=torchrec_plan,
         sharders=sharders(),
         init_data_parallel=False,
+        data_parallel_wrapper=_in_fixed_order() if deterministic else None,
     )
     for path, keys in means.items():
         collection = sharded.module.get_submodule(path)
@@ -94,7 +104,14 @@ def shard_model(
     _initialize_tables(sharded, held, device, seed)
     sharded.init_data_parallel()
     sharded.planner_plan, sharded.table_optimizer = plan, optimizer
+    sharded.table_specs = tuple(specs)
     return sharded
+
+
+def _in_fixed_order() -> DefaultDataParallelWrapper:
+    """DDP puts gradients into other buckets after the first step, unless it looks for unused
+    parameters; which bucket a gradient is in decides the order of its sum over ranks."""
+    return DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True)
 
 
 def _world() -> dist.ProcessGroup:

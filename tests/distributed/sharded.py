@@ -86,14 +86,25 @@ def train(
     device: DeviceType,
 ) -> dict[str, Any]:
     """Train on this rank's part of `steps`; what the rank then holds, for `assemble`."""
-    rank = torch.distributed.get_rank()
+    trainer = make_trainer(plan, table_optimizer, dense_optimizer, weighted, device)
+    train_steps(trainer, steps, batch_size, weighted)
+    return holdings(trainer.model, trainer)
+
+
+def make_trainer(
+    plan: Plan, table_optimizer: str, dense_optimizer: str, weighted: bool, device: DeviceType
+) -> Trainer:
     tables = TableOptimizerConfig(name=table_optimizer, lr=TABLE_LR, eps=EPS)
     model = shard_model(Model(weighted), plan, tables, device=pick_device(device))
-    trainer = Trainer(model, DenseOptimizerConfig(name=dense_optimizer, lr=DENSE_LR))
+    return Trainer(model, DenseOptimizerConfig(name=dense_optimizer, lr=DENSE_LR))
+
+
+def train_steps(trainer: Trainer, steps: list[Rows], batch_size: int, weighted: bool) -> None:
+    rank = torch.distributed.get_rank()
     for rows in steps:
         mine = rows.part(rank * batch_size, (rank + 1) * batch_size)
         trainer.train_step(pad_batch(mine, batch_size, len(rows), weighted))
-    return holdings(model, trainer)
+        trainer.step, trainer.samples = trainer.step + 1, trainer.samples + len(rows)
 
 
 def holdings(model: ShardedModel, trainer: Trainer) -> dict[str, Any]:

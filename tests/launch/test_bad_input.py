@@ -282,7 +282,7 @@ def test_a_full_disk(bench: Bench) -> None:
 
 def test_a_disk_that_fills_up_at_once(bench: Bench) -> None:
     """A library's own error about it is told as shortly as ours, and nothing is left."""
-    with small_disk(bench.folder / "disk", "size=16k"):
+    with small_disk(bench.folder / "disk", "size=12k"):
         code, shown = bench.train("output=disk/run")
         assert "No space left on device" in shown and "output=DIR" in shown
         assert code == IMPOSSIBLE

@@ -68,7 +68,7 @@ def test_a_failure_keeps_the_earlier_run(
     (output / "config.yaml").write_text("earlier")
     run = make_run(output)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:

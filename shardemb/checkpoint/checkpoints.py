@@ -1,0 +1,287 @@
+"""Checkpoints of a run: a folder with one folder for each, and the list of those that are whole.
+
+A checkpoint counts from the moment its name is in the list, which is replaced as one file after
+all else is written: whatever ends a run, the list names whole checkpoints only.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.distributed as dist
+
+from planner import UserError
+from planner.validation import nearest
+from shardemb.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from shardemb.checkpoint.match import check_matches
+from shardemb.checkpoint.reshard import SavedTables
+from shardemb.checkpoint.snapshot import RankFile, Snapshot, Stage
+from shardemb.checkpoint.state import WEIGHT, set_dense, set_random, table_pieces
+from shardemb.checkpoint.store import Store
+from shardemb.checkpoint.tensor_file import TensorFile
+
+if TYPE_CHECKING:
+    from shardemb.trainer import Trainer
+
+T = TypeVar("T")
+
+LIST = "checkpoints.json"
+
+
+class Checkpoints:
+    """Those in `folder`, a path or a URL of any filesystem that Arrow or fsspec knows.
+
+    Every rank makes one and calls the same methods. Each rank writes what it holds; tables are
+    stored by rows and columns, so that they load under any plan and number of ranks.
+
+    With `asynchronous`, `save` copies this rank's state and a thread writes the copy while training
+    goes on. Without, it is written from where it lies, which needs no memory and stops training.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, keep_last: int = 2, asynchronous: bool = True
+    ) -> None:
+        self.store, self.keep_last = Store(folder), keep_last
+        self._rank, world_size = dist.get_rank(), dist.get_world_size()
+        # Of its own, and on CPU: collectives of the writing thread must not mix with training's.
+        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._stage = Stage() if asynchronous else None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self.names: list[str] | None = None  # oldest first; None until they are looked for
+
+    def find(self) -> list[str]:
+        """Names of the whole checkpoints there are, oldest first."""
+        self.names = self._agree(lambda: read_names(self.store))
+        return self.names
+
+    def refuse_earlier(self, names: list[str]) -> None:
+        """UserError where a run that does not go on finds the checkpoints of another."""
+        if names:
+            raise UserError(
+                f"{self.store.root} holds checkpoints of an earlier run, the last is {names[-1]}: "
+                "go on there with checkpoint.resume=latest, or choose another checkpoint.dir"
+            )
+
+    # --- Save
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Take the memory that `save` copies to, before training: new memory is slow to fill."""
+        if self._stage:
+            self._stage.hold(Snapshot.of(trainer, None).tensors)
+
+    def save(self, trainer: Trainer, loader: dict[str, Any] | None = None) -> None:
+        """Begin to save what `trainer` is after its last step, and `loader`, the reader's state.
+
+        Waits for the checkpoint before, and raises what went wrong with it: UserError.
+        """
+        self.wait()
+        if self.names is None:
+            self.refuse_earlier(self.find())
+        snapshot = Snapshot.of(trainer, loader)
+        if snapshot.name in (self.names or []):
+            return
+        if self._stage is None:
+            self._write(snapshot)
+        else:
+            copied = self._stage.copy_of(snapshot)
+            self._thread = threading.Thread(target=self._write_in_thread, args=[copied])
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is whole; UserError where it could not be written."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def _write_in_thread(self, snapshot: Snapshot) -> None:
+        try:
+            self._write(snapshot)
+        except Exception as error:
+            self._error = error
+
+    def _write(self, snapshot: Snapshot) -> None:
+        def clear() -> None:
+            if self._rank == 0:
+                self.store.delete_folder(snapshot.name)
+
+        self._together(clear)
+        try:
+            files = self._together(lambda: snapshot.write(self.store))
+            self._together(lambda: self._commit(snapshot, files))
+        except UserError:
+            with suppress(OSError):
+                clear()
+            raise
+        self.names = self._kept(snapshot)
+
+    def _kept(self, snapshot: Snapshot) -> list[str]:
+        return [*(self.names or []), snapshot.name][-self.keep_last :]
+
+    def _commit(self, snapshot: Snapshot, files: list[RankFile]) -> None:
+        if self._rank != 0:
+            return
+        for file in files:  # FileNotFoundError where hosts have folders of their own
+            self.store.open(file.name).close()
+        manifest = snapshot.manifest(files)
+        self.store.write(f"{snapshot.name}/{MANIFEST}", [manifest.to_bytes()])
+        kept = self._kept(snapshot)
+        self.store.write(LIST, [json.dumps({"checkpoints": kept}).encode()])
+        for name in self.store.folders():
+            if name.startswith("step-") and name not in kept:
+                self.store.delete_folder(name)
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives on each rank; UserError on all where it failed on one."""
+        result: tuple[T | None, str | None]
+        try:
+            result = work(), None
+        except OSError as error:
+            result = None, error.strerror or str(error)
+        results = self._gather(result)
+        for rank, (_, problem) in enumerate(results):
+            if problem:
+                raise UserError(
+                    f"cannot write a checkpoint to {self.store.root} (rank {rank}: {problem}); "
+                    f"make room there, or name another place with checkpoint.dir; {self._last()}"
+                )
+        return [value for value, _ in results]
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _agree(self, find: Callable[[], T]) -> T:
+        """What rank 0 finds, or fails with, on every rank."""
+        found: list[Any] = [None]
+        if self._rank == 0:
+            try:
+                found = [find()]
+            except UserError as error:
+                found = [error]
+        if self._group is not None:
+            dist.broadcast_object_list(found, src=0, group=self._group)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        return found[0]
+
+    def _last(self) -> str:
+        if not self.names:
+            return "there is no earlier one"
+        return f"the last good one is {self.store.path(self.names[-1])}"
+
+    # --- Load
+
+    def load(
+        self, trainer: Trainer, name: str | None = None, *, weights_only: bool = False
+    ) -> Manifest:
+        """Bring `trainer` to where the newest checkpoint, or that of a name, was taken.
+
+        `weights_only`: not the optimizers, random states and counts of steps. UserError lists how
+        the model differs from the checkpoint's, or names what is damaged.
+        """
+        names = self.find()
+        if name is None and not names:
+            raise UserError(f"there is no checkpoint in {self.store.root}")
+        name = name or names[-1]
+        with self._offering_another(name):
+            manifest = read_checkpoint(self.store, name)
+            check_matches(manifest, trainer, self.store.path(name), weights_only=weights_only)
+            with opened(self.store, manifest) as files:
+                saved = SavedTables(manifest.pieces)
+                for piece in table_pieces(trainer.model, trainer.optimizer):
+                    if piece.state == WEIGHT or not weights_only:
+                        saved.fill(piece, files)
+                tensors = {
+                    key: files[entry.file].tensor(entry, key)
+                    for key, entry in manifest.tensors.items()
+                }
+            if weights_only:
+                tensors = {k: v for k, v in tensors.items() if k.startswith("model/")}
+            set_dense(trainer.model, trainer.optimizer, tensors)
+            if not weights_only:
+                set_random(trainer.device, tensors)
+                trainer.step, trainer.samples = manifest.step, manifest.samples
+        if name in names:  # the next save drops those after it: another past than this one's
+            self.names = names[: names.index(name) + 1]
+        return manifest
+
+    @contextmanager
+    def _offering_another(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            names = self.names or []
+            earlier = names[: names.index(name)] if name in names else names
+            offer = (
+                f"the checkpoint before it is {earlier[-1]}: go on there with "
+                f"checkpoint.resume={earlier[-1]}"
+                if earlier
+                else "there is no earlier one"
+            )
+            raise UserError(f"{error}\n{offer}") from error
+
+
+def read_names(store: Store) -> list[str]:
+    """The whole checkpoints of a folder, oldest first; none where there is no list yet."""
+    try:
+        names = json.loads(store.read(LIST))["checkpoints"]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("names are no text")
+        return list(names)
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        whole = [name for name in store.folders() if _is_whole(store, name)]
+        raise UserError(
+            f"{store.path(LIST)} is damaged; whole checkpoints beside it: "
+            f"{', '.join(whole) or 'none'}. Write it again as "
+            f"{json.dumps({'checkpoints': whole})}"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {store.path(LIST)} ({error.strerror or error})") from error
+
+
+def _is_whole(store: Store, name: str) -> bool:
+    try:
+        read_checkpoint(store, name)
+    except UserError:
+        return False
+    return True
+
+
+def read_checkpoint(store: Store, name: str) -> Manifest:
+    """What the checkpoint of this name holds; UserError where there is none, or it is damaged."""
+    path = store.path(f"{name}/{MANIFEST}")
+    try:
+        return read_manifest(store.read(f"{name}/{MANIFEST}"), path)
+    except FileNotFoundError:
+        there = store.folders()
+        raise UserError(
+            f"there is no checkpoint {store.path(name)}{nearest(name, there)}; in {store.root} "
+            f"there are {', '.join(there) or 'none'}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+@contextmanager
+def opened(store: Store, manifest: Manifest) -> Iterator[dict[str, TensorFile]]:
+    """The files of a checkpoint, by the names that its entries have for them."""
+    with ExitStack() as stack:
+        files = {}
+        for name, entry in manifest.files.items():
+            files[name] = TensorFile(store, name, entry)
+            stack.callback(files[name].close)
+        yield files

@@ -1,0 +1,66 @@
+"""Whether a checkpoint is of this model: all differences at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from planner import TableSpec, UserError
+from shardemb.checkpoint.manifest import Manifest, TableEntry
+from shardemb.checkpoint.state import dense_tensors
+
+if TYPE_CHECKING:
+    from shardemb.trainer import Trainer
+
+
+def check_matches(manifest: Manifest, trainer: Trainer, path: str, *, weights_only: bool) -> None:
+    """UserError lists what the model of `trainer` has otherwise than the checkpoint at `path`."""
+    lines = [
+        *_tables(manifest, {spec.name: spec for spec in trainer.model.table_specs}, weights_only),
+        *_dense(manifest, trainer),
+    ]
+    if lines:
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise UserError(f"the checkpoint {path} is not of this model:\n{listed}")
+
+
+def _tables(manifest: Manifest, here: dict[str, TableSpec], weights_only: bool) -> list[str]:
+    lines = [
+        f"table {name}: not in the checkpoint" for name in here.keys() - manifest.tables.keys()
+    ]
+    lines += [
+        f"table {name}: in the checkpoint, not in the model"
+        for name in manifest.tables.keys() - here.keys()
+    ]
+    for name in here.keys() & manifest.tables.keys():
+        saved, spec = manifest.tables[name], here[name]
+        if (saved.num_embeddings, saved.embedding_dim) != (spec.num_embeddings, spec.embedding_dim):
+            lines.append(f"table {name}: {_shape(saved)} in the checkpoint, {_shape(spec)} here")
+        if saved.optimizer != spec.optimizer and not weights_only:
+            lines.append(
+                f"table {name}: trained with {saved.optimizer}, and with {spec.optimizer} here "
+                "(train.table_optimizer.name)"
+            )
+    return sorted(lines)
+
+
+def _shape(table: TableEntry | TableSpec) -> str:
+    return f"{table.num_embeddings} rows of {table.embedding_dim}"
+
+
+def _dense(manifest: Manifest, trainer: Trainer) -> list[str]:
+    saved = {k: v.shape for k, v in manifest.tensors.items() if k.startswith("model/")}
+    here = {
+        key: list(value.shape)
+        for key, value in dense_tensors(trainer.model, trainer.optimizer).items()
+        if key.startswith("model/")
+    }
+    return [
+        f"{key.removeprefix('model/')}: {_found(saved.get(key))} in the checkpoint, "
+        f"{_found(here.get(key))} here"
+        for key in sorted(saved.keys() | here.keys())
+        if saved.get(key) != here.get(key)
+    ]
+
+
+def _found(shape: list[int] | None) -> str:
+    return "absent" if shape is None else f"shape {shape}"

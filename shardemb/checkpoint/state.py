@@ -1,0 +1,170 @@
+"""All that training changes, as it lies in this rank's memory: tables, their optimizers' state,
+dense parameters, their optimizers' state, random states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torchrec.optim import CombinedOptimizer, KeyedOptimizer
+
+from planner import Shard, TablePlan
+from shardemb.optim import table_of
+from shardemb.sharding.initialize import local_blocks
+from shardemb.sharding.shard_model import ShardedModel
+
+WEIGHT = "weight"
+# FBGEMM's names of states, and PyTorch's.
+_STATES = {"momentum1": "sum"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows and columns of a table, and what this rank holds for them: the weights themselves, not
+    a copy, or a state of the table's optimizer."""
+
+    table: str
+    state: str  # "weight", "sum"
+    row: int
+    rows: int
+    column: int
+    columns: int
+    tensor: torch.Tensor  # [rows, columns], or [rows]: one value for these columns of a row
+    is_replicated: bool = False  # every rank holds the same
+
+    @property
+    def key(self) -> str:
+        """Its name in a file."""
+        return f"{self.table}/{self.state}/{self.row}-{self.column}"
+
+    def part_of_rank(self, rank: int, world_size: int) -> Piece:
+        """What `rank` writes of it: all, or its share of the rows where all ranks hold the same."""
+        if not self.is_replicated:
+            return self
+        first, last = rank * self.rows // world_size, (rank + 1) * self.rows // world_size
+        return replace(
+            self, row=self.row + first, rows=last - first, tensor=self.tensor[first:last]
+        )
+
+
+def table_pieces(model: ShardedModel, optimizer: CombinedOptimizer) -> list[Piece]:
+    """What this rank holds of all tables and of their optimizer's state."""
+    return [*_weights(model), *_fused_states(model), *_replicated_states(model, optimizer)]
+
+
+def _weights(model: ShardedModel) -> Iterator[Piece]:
+    for name, value in model.state_dict().items():
+        table = table_of(name, model.planner_plan)
+        if table is None:
+            continue
+        is_replicated = model.planner_plan.tables[table].sharding_type == "data_parallel"
+        for row, column, tensor in local_blocks(value):
+            rows, columns = tensor.shape
+            yield Piece(table, WEIGHT, row, rows, column, columns, tensor, is_replicated)
+
+
+def _fused_states(model: ShardedModel) -> Iterator[Piece]:
+    for name, states in model.fused_optimizer.state_dict()["state"].items():
+        table = table_of(name, model.planner_plan)
+        assert table is not None, name
+        shards = _local_shards(model.planner_plan.tables[table])
+        for key, value in states.items():
+            # By the plan: TorchRec lists the row-wise state of column shards one below the other.
+            blocks = [shard.tensor for shard in value.local_shards()]
+            for shard, tensor in zip(shards, blocks, strict=True):
+                assert tensor.shape[0] == shard.rows and tensor.shape[1:] in ((), (shard.columns,))
+                yield Piece(
+                    table,
+                    _STATES[key.rpartition(".")[2]],
+                    shard.row_offset,
+                    shard.rows,
+                    shard.column_offset,
+                    shard.columns,
+                    tensor,
+                )
+
+
+def _local_shards(table: TablePlan) -> list[Shard]:
+    return [shard for shard in table.shards if shard.rank == dist.get_rank()]
+
+
+def _replicated_states(model: ShardedModel, optimizer: CombinedOptimizer) -> Iterator[Piece]:
+    """Of data_parallel tables, which PyTorch's optimizers update."""
+    for part in _parts_named("tables", optimizer):
+        for name, parameter in part.params.items():
+            table = table_of(name, model.planner_plan)
+            assert table is not None, name
+            for key, value in part.state[parameter].items():
+                if key not in _STATES.values():  # Adagrad's count of steps, which it does not use
+                    continue
+                tensor = value[:, 0] if value.shape[1] == 1 else value
+                rows, columns = parameter.shape
+                yield Piece(table, key, 0, rows, 0, columns, tensor, is_replicated=True)
+
+
+def _parts_named(name: str, optimizer: CombinedOptimizer) -> list[KeyedOptimizer]:
+    return [part for own, part in optimizer.optimizers if own == name]
+
+
+# --- All else
+
+
+def dense_tensors(model: ShardedModel, optimizer: CombinedOptimizer) -> dict[str, torch.Tensor]:
+    """`model/NAME` and `optimizer/NAME/STATE`: the same on every rank, not copied."""
+    tensors = {f"model/{name}": value for name, value in _dense_parameters(model)}
+    for part in _parts_named("dense", optimizer):
+        for name, parameter in part.params.items():
+            for key, value in part.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer/{name}/{key}"] = value
+    return tensors
+
+
+def _dense_parameters(model: ShardedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in model.state_dict().items():
+        if table_of(name, model.planner_plan) is None:
+            yield name, value
+
+
+@torch.no_grad()
+def set_dense(
+    model: ShardedModel, optimizer: CombinedOptimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Take over what `dense_tensors` gave; names and shapes are the model's."""
+    for name, value in _dense_parameters(model):
+        value.copy_(tensors[f"model/{name}"])
+    for part in _parts_named("dense", optimizer):
+        for name, parameter in part.params.items():
+            prefix = f"optimizer/{name}/"
+            part.state[parameter] = {
+                # Counts of steps stay on the CPU, where PyTorch's optimizers make them.
+                key.removeprefix(prefix): value.to(parameter.device) if value.dim() else value
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+
+
+# --- Random states
+
+
+def random_tensors(device: torch.device) -> dict[str, torch.Tensor]:
+    """`random/RANK/cpu` and, on a GPU, `random/RANK/cuda`."""
+    prefix = f"random/{dist.get_rank()}"
+    states = {f"{prefix}/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states[f"{prefix}/cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random(device: torch.device, tensors: dict[str, torch.Tensor]) -> None:
+    """Of the same rank before; a rank that was not there draws its own, from the first rank's."""
+    own = f"random/{dist.get_rank()}"
+    if f"{own}/cpu" not in tensors:
+        torch.set_rng_state(tensors["random/0/cpu"])
+        torch.manual_seed(torch.initial_seed() + dist.get_rank())
+        return
+    torch.set_rng_state(tensors[f"{own}/cpu"])
+    if device.type == "cuda" and f"{own}/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors[f"{own}/cuda"], device)
