@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from launch.data import Json, Overrides, data_app
+from launch.checkpoint import checkpoint_app
+from launch.data import ConfigPath, Json, Overrides, data_app
 from launch.data_stats import stats
 from launch.plan import SOURCES
 from planner import Topology
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 data_app.command()(stats)
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(plan_app, name="plan", context_settings={"obj": SOURCES})
 
 OptionalConfigPath = Annotated[
@@ -67,6 +69,33 @@ def train(
     run_workers(["-m", "shardemb.train", str(config_path), *(overrides or ())], nproc)
     result = json.loads((config.output / "result.json").read_text())
     print(json.dumps(result) if as_json else summarize(config, result))
+
+
+@app.command("eval")
+def evaluate(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    checkpoint: Annotated[str, typer.Option(help="a name in checkpoint.dir")] = "latest",
+    as_json: Json = False,
+) -> None:
+    """Evaluate a checkpoint of the run in `output` on the test split, on any number of workers."""
+    import tempfile
+
+    from launch.local import run_workers
+    from planner import UserError
+    from shardemb.config import load_config
+    from shardemb.run_directory import summarize_evaluation
+
+    config = load_config(config_path, overrides or ())
+    if "test" not in config.data.splits():
+        raise UserError(f"data.dir: {config.data.dir} has no test/ folder: nothing to evaluate on")
+    with tempfile.TemporaryDirectory(prefix="shardemb-") as scratch:
+        result = Path(scratch) / "result.json"
+        arguments = [str(config_path), checkpoint, str(result), *(overrides or ())]
+        run_workers(["-m", "shardemb.evaluate", *arguments], config.launch.nproc_per_node)
+        found = json.loads(result.read_text())
+    line = f"step {found['step']}: {summarize_evaluation(config, found['eval'])}"
+    print(json.dumps(found) if as_json else line)
 
 
 def _local_topology(nproc: int) -> Topology:

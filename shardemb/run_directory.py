@@ -89,7 +89,7 @@ class RunDirectory:
     def write_result(self, result: dict[str, Any]) -> None:
         """result.json, whole or not at all."""
         try:
-            _write_json(self.path / "result.json", result)
+            write_json(self.path / "result.json", result)
         except OSError as error:
             raise UserError(_cannot_write(self.path, error)) from error
 
@@ -123,7 +123,7 @@ def close_failed(created: Created, error: str) -> None:
         if len(steps) > 1 or created.is_resumed or (path / "checkpoints").exists():
             partial_of(path / "result.json").unlink(missing_ok=True)
             last = steps[-1] if steps else None
-            _write_json(path / "failure.json", {"error": error, "step": last})
+            write_json(path / "failure.json", {"error": error, "step": last})
             return
         shutil.rmtree(path)
         if created.earlier:
@@ -155,7 +155,8 @@ def _forget_after(path: Path, step: int) -> None:
     replace_file(metrics, "".join(f"{line}\n" for line in lines))
 
 
-def _write_json(target: Path, value: dict[str, Any]) -> None:
+def write_json(target: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all; raises OSError."""
     replace_file(target, json.dumps(value, indent=2) + "\n")
 
 
@@ -224,12 +225,16 @@ def summarize(config: RunConfig, result: dict[str, Any]) -> str:
     shown = "" if speed is None else f", {speed:,.0f} samples/s"
     lines = [f"trained {result['steps']} steps{shown}"]
     if result["eval"]:
-        info = read_info(config.data.dir)
-        best = info.best_reachable if info else None
-        reachable = f" (best reachable {best.auc:.4f})" if best else ""
-        auc, logloss = (_shown(result["eval"][name]) for name in ("auc", "logloss"))
-        lines.append(f"test AUC {auc}{reachable}, log loss {logloss}")
+        lines.append(summarize_evaluation(config, result["eval"]))
     return "\n".join([*lines, f"run directory: {config.output}"])
+
+
+def summarize_evaluation(config: RunConfig, metrics: dict[str, Any]) -> str:
+    info = read_info(config.data.dir)
+    best = info.best_reachable if info else None
+    reachable = f" (best reachable {best.auc:.4f})" if best else ""
+    auc, logloss = (_shown(metrics[name]) for name in ("auc", "logloss"))
+    return f"test AUC {auc}{reachable}, log loss {logloss}"
 
 
 def _shown(metric: float | None) -> str:

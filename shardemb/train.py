@@ -9,10 +9,9 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from planner import Plan, RequestError, Topology
+from planner import RequestError
 from shardemb.config import RunConfig, load_config
 from shardemb.failure import has_launcher, report_failures
-from shardemb.planning import plan_run
 from shardemb.quiet import silence_libraries
 from shardemb.run_directory import RunDirectory, summarize, without_nan
 
@@ -37,47 +36,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(config: RunConfig) -> None:
     """Plan, shard, train, evaluate; every rank calls it, and rank 0 writes the run directory."""
-    import torch
     import torch.distributed as dist
 
+    from shardemb.build import build_reader, build_trainer, tell
     from shardemb.checkpoint.checkpoints import Checkpoints
-    from shardemb.models import build_model
     from shardemb.process_group import process_group
-    from shardemb.sharding.shard_model import current_topology, shard_model
-    from shardemb.trainer import Trainer
 
     with process_group(config.launch.device) as device:
-        topology = current_topology()
-        _tell(f"reading the footers of {config.data.dir}")
-        train_data = _reader(config, "train")
-        test_data = _reader(config, "test") if "test" in config.data.splits() else None
-        _tell("reading the first batches")
+        tell(f"reading the footers of {config.data.dir}")
+        train_data = build_reader(config, "train")
+        test_data = build_reader(config, "test") if "test" in config.data.splits() else None
+        tell("reading the first batches")
         _try_first_batch(train_data, test_data)
-        _tell("building the model")
-        torch.manual_seed(config.seed)
-        torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
-        model = build_model(config)
-        plan = _agree_on_plan(config, topology)
+        trainer = build_trainer(config, device)
+        plan = trainer.model.planner_plan
         directory = RunDirectory(config, plan) if dist.get_rank() == 0 else None
-        _tell(f"sharding {len(plan.tables)} tables")
-        sharded = shard_model(
-            model,
-            plan,
-            config.train.table_optimizer,
-            device=device,
-            seed=config.seed,
-            deterministic=config.train.deterministic,
-        )
-        trainer = Trainer(sharded, config.train.dense_optimizer)
         checkpoints = Checkpoints(
             config.checkpoint_dir,
             keep_last=config.checkpoint.keep_last,
             asynchronous=config.checkpoint.asynchronous,
         )
-        is_resumed = _resume(config, checkpoints, trainer, train_data)
-        if directory and is_resumed:
-            directory.resume_at(trainer.step)
-        _tell(f"training on {topology.world_size} x {device.type}")
+        if _resume(config, checkpoints, trainer, train_data):
+            tell(f"going on after step {trainer.step}")
+            if directory:
+                directory.resume_at(trainer.step)
+        elif config.checkpoint.resume:
+            tell(f"no checkpoint in {config.checkpoint_dir}: starting from the beginning")
+        tell(f"training on {plan.topology.world_size} x {device.type}")
         with directory or nullcontext():
             progress, evaluation = _train(
                 config, trainer, train_data, test_data, directory, checkpoints
@@ -90,14 +75,6 @@ def run(config: RunConfig) -> None:
                 directory.write_result(result)
                 if not has_launcher():
                     print(summarize(config, result))
-
-
-def _tell(stage: str) -> None:
-    """One line on rank 0 for each thing that takes its time before the first step."""
-    import torch.distributed as dist
-
-    if dist.get_rank() == 0:
-        print(stage, file=sys.stderr, flush=True)
 
 
 def _try_first_batch(*readers: ParquetReader | None) -> None:
@@ -130,12 +107,10 @@ def _resume(
         checkpoints.refuse_earlier(names)
         return False
     if wanted == "latest" and not names:
-        _tell(f"no checkpoint in {config.checkpoint_dir}: starting from the beginning")
         return False
     manifest = checkpoints.load(trainer, None if wanted == "latest" else wanted)
     assert manifest.loader is not None
     reader.resume(manifest.loader)
-    _tell(f"going on after step {manifest.step}")
     return True
 
 
@@ -170,30 +145,6 @@ def _train(
     return progress, evaluation
 
 
-def _reader(config: RunConfig, split: str) -> ParquetReader:
-    from shardemb.data.parquet import ParquetReader
-    from shardemb.data.schema import BatchSchema
-
-    return ParquetReader(
-        config.data.split(split),
-        BatchSchema.from_config(config),
-        batch_size=config.train.batch_size,
-        shuffle=config.data.shuffle and split == "train",
-        seed=config.seed,
-        skip_damaged=config.data.on_error == "skip",
-    )
-
-
-def _agree_on_plan(config: RunConfig, topology: Topology) -> Plan:
-    """Rank 0's plan, on every rank."""
-    import torch.distributed as dist
-
-    plan = [plan_run(config, topology) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(plan, src=0)
-    assert plan[0] is not None
-    return plan[0]
-
-
 def _log(directory: RunDirectory | None, last: int, first: int) -> RunLog | nullcontext[None]:
     if directory is None:
         return nullcontext()
@@ -224,7 +175,7 @@ def _result(
     }
 
 
-def _exit(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """End at once: gloo's threads may still be freeing tensors, and one that does so after Python
     is gone aborts the process. It happened to one finished run in thirty."""
     sys.stdout.flush()
@@ -233,4 +184,4 @@ def _exit(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _exit(main())
+    leave(main())

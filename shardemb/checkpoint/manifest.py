@@ -52,6 +52,7 @@ class TableEntry(_Entry):
     embedding_dim: int
     dtype: str
     optimizer: str
+    parameter: str  # its name in the state_dict of the unsharded model
 
 
 class Manifest(_Entry):

@@ -9,7 +9,7 @@ import torch
 
 from planner import UserError
 from shardemb.checkpoint.manifest import PieceEntry
-from shardemb.checkpoint.state import Piece
+from shardemb.checkpoint.piece import Piece
 from shardemb.checkpoint.tensor_file import BLOCK_BYTES, DTYPES, TensorFile
 
 

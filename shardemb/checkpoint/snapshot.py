@@ -17,7 +17,13 @@ from shardemb.checkpoint.manifest import (
     TableEntry,
     TensorEntry,
 )
-from shardemb.checkpoint.state import Piece, dense_tensors, random_tensors, table_pieces
+from shardemb.checkpoint.piece import Piece
+from shardemb.checkpoint.state import (
+    dense_tensors,
+    parameter_names,
+    random_tensors,
+    table_pieces,
+)
 from shardemb.checkpoint.store import Store
 from shardemb.checkpoint.tensor_file import write_tensors
 
@@ -43,6 +49,7 @@ class Snapshot:
     samples: int
     plan: Plan
     specs: tuple[TableSpec, ...]
+    parameters: dict[str, str]  # table -> its name in the state_dict
     loader: dict[str, Any] | None
     pieces: dict[str, Piece]
     tensors: dict[str, torch.Tensor]
@@ -64,6 +71,7 @@ class Snapshot:
             samples=trainer.samples,
             plan=trainer.model.planner_plan,
             specs=trainer.model.table_specs,
+            parameters=parameter_names(trainer.model),
             loader=loader,
             pieces=pieces,
             tensors={key: piece.tensor for key, piece in pieces.items()} | others,
@@ -105,6 +113,7 @@ class Snapshot:
                     embedding_dim=spec.embedding_dim,
                     dtype=spec.dtype,
                     optimizer=spec.optimizer,
+                    parameter=self.parameters[spec.name],
                 )
                 for spec in self.specs
             },

@@ -4,54 +4,30 @@ dense parameters, their optimizers' state, random states."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torchrec.optim import CombinedOptimizer, KeyedOptimizer
 
 from planner import Shard, TablePlan
+from shardemb.checkpoint.piece import WEIGHT, Piece
 from shardemb.optim import table_of
 from shardemb.sharding.initialize import local_blocks
 from shardemb.sharding.shard_model import ShardedModel
 
-WEIGHT = "weight"
 # FBGEMM's names of states, and PyTorch's.
 _STATES = {"momentum1": "sum"}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows and columns of a table, and what this rank holds for them: the weights themselves, not
-    a copy, or a state of the table's optimizer."""
-
-    table: str
-    state: str  # "weight", "sum"
-    row: int
-    rows: int
-    column: int
-    columns: int
-    tensor: torch.Tensor  # [rows, columns], or [rows]: one value for these columns of a row
-    is_replicated: bool = False  # every rank holds the same
-
-    @property
-    def key(self) -> str:
-        """Its name in a file."""
-        return f"{self.table}/{self.state}/{self.row}-{self.column}"
-
-    def part_of_rank(self, rank: int, world_size: int) -> Piece:
-        """What `rank` writes of it: all, or its share of the rows where all ranks hold the same."""
-        if not self.is_replicated:
-            return self
-        first, last = rank * self.rows // world_size, (rank + 1) * self.rows // world_size
-        return replace(
-            self, row=self.row + first, rows=last - first, tensor=self.tensor[first:last]
-        )
 
 
 def table_pieces(model: ShardedModel, optimizer: CombinedOptimizer) -> list[Piece]:
     """What this rank holds of all tables and of their optimizer's state."""
     return [*_weights(model), *_fused_states(model), *_replicated_states(model, optimizer)]
+
+
+def parameter_names(model: ShardedModel) -> dict[str, str]:
+    """Tables, and what their weights are called in the state_dict of the unsharded model."""
+    names = {table_of(name, model.planner_plan): name for name in model.state_dict()}
+    return {table: name for table, name in names.items() if table is not None}
 
 
 def _weights(model: ShardedModel) -> Iterator[Piece]:

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from planner import ShardingRule, UserError, plan_by_rule
-from shardemb.checkpoint.checkpoints import LIST, Checkpoints
+from shardemb.checkpoint.checkpoints import Checkpoints
+from shardemb.checkpoint.listing import LIST
 from shardemb.checkpoint.store import Store
 from shardemb.config import DenseOptimizerConfig, TableOptimizerConfig
 from shardemb.data.batch import Batch

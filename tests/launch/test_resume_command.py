@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from shardemb.checkpoint.checkpoints import opened, read_checkpoint, read_names
+from shardemb.checkpoint.contents import Found, verify
+from shardemb.checkpoint.listing import read_checkpoint, read_names
 from shardemb.checkpoint.store import Store
 from tests.launch.tiny_run import (
     TIMEOUT_SECONDS,
@@ -61,9 +62,7 @@ class Run:
     def verify(self) -> None:
         """Every checkpoint in the list is whole."""
         for name in read_names(self.store):
-            with opened(self.store, read_checkpoint(self.store, name)) as files:
-                for file in files.values():
-                    file.verify("all")
+            verify(Found(self.store, name, read_checkpoint(self.store, name)))
 
 
 def kill_at_random(run: Run, chance: random.Random) -> None:

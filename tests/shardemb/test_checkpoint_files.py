@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from planner import UserError
 from shardemb.checkpoint import tensor_file
-from shardemb.checkpoint.checkpoints import LIST, read_checkpoint, read_names
+from shardemb.checkpoint.listing import LIST, read_checkpoint, read_names
 from shardemb.checkpoint.manifest import MANIFEST, FileEntry, Manifest, TensorEntry
 from shardemb.checkpoint.store import Store
 from shardemb.checkpoint.tensor_file import TensorFile, write_tensors
@@ -66,7 +66,7 @@ def test_tensors_come_back(tmp_path: Path) -> None:
     assert len(file.crc32) == -(-file.bytes // 100)
     assert file.bytes == (tmp_path / "t.safetensors").stat().st_size
     read_all(store, file, entries)
-    TensorFile(store, "t.safetensors", file).verify("all of it")
+    TensorFile(store, "t.safetensors", file).verify(lambda first, last: "all of it")
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,7 +88,7 @@ def test_any_damage_is_found(
         data += b"x" * (at + 1)
     path.write_bytes(data)
     with pytest.raises(UserError, match="t.safetensors is damaged"):
-        TensorFile(store, "t.safetensors", file).verify("table a")
+        TensorFile(store, "t.safetensors", file).verify(lambda first, last: "table a")
     header = min(entry.start for entry in entries.values())
     if how == "f" and at >= header:  # reading alone finds it too
         with pytest.raises(UserError, match="t.safetensors is damaged: bytes .*, in "):
