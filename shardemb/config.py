@@ -23,7 +23,7 @@ from planner.constraints import TableConstraint
 from planner.geometry import ShardingType
 from planner.plan import Objective
 from planner.strict_yaml import read_yaml
-from planner.tables import DataType
+from planner.tables import DataType, TableOptimizerName
 from planner.validation import explain, nearest
 from shardemb.yaml_config import apply_overrides, expand_keys, expand_names
 
@@ -214,12 +214,28 @@ class ShardingConfig(_Section):
         return self
 
 
+ADAMS = ("adam", "partial_rowwise_adam")
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TableOptimizerConfig(_Section):
     """The optimizer of the embedding tables, run inside backward."""
 
-    name: Literal["sgd", "adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
+    name: TableOptimizerName = "rowwise_adagrad"
     lr: float = Field(default=0.01, ge=0)
-    eps: float = Field(default=1e-8, gt=0, description="adagrad and rowwise_adagrad")
+    eps: float = Field(default=1e-8, gt=0, description="of all but sgd")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="of the Adams")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="of the Adams, decoupled; of rows that a step looks up"
+    )
+
+    @model_validator(mode="after")
+    def _has_decay(self) -> TableOptimizerConfig:
+        if self.weight_decay and self.name not in ADAMS:
+            raise ValueError(
+                f"weight_decay: {self.name} has none; choose {' or '.join(ADAMS)}, or leave it out"
+            )
+        return self
 
 
 class DenseOptimizerConfig(_Section):

@@ -12,18 +12,23 @@ from torch.optim import Optimizer
 from torchrec.optim import (
     CombinedOptimizer,
     KeyedOptimizerWrapper,
+    PartialRowWiseAdam,
     RowWiseAdagrad,
     apply_optimizer_in_backward,
 )
 
 from planner import Plan
-from shardemb.config import DenseOptimizerConfig, TableOptimizerConfig
+from shardemb.config import ADAMS, DenseOptimizerConfig, TableOptimizerConfig
+from shardemb.row_adam import ReplicatedRowAdam, RowAdam
 from shardemb.sharding.tables import HeldTable
 
+# They stand for FBGEMM's kernels, and are those of data_parallel tables but for the Adams.
 _TABLE: dict[str, type[Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
     "rowwise_adagrad": RowWiseAdagrad,
+    "adam": torch.optim.Adam,
+    "partial_rowwise_adam": PartialRowWiseAdam,
 }
 _DENSE: dict[str, type[Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -37,13 +42,28 @@ def table_optimizer_kwargs(config: TableOptimizerConfig) -> dict[str, Any]:
     kwargs: dict[str, Any] = {"lr": config.lr}
     if config.name != "sgd":
         kwargs["eps"] = config.eps
+    if config.name in ADAMS:
+        kwargs |= {"betas": config.betas, "weight_decay": config.weight_decay}
     return kwargs
 
 
+def cpu_rule(config: TableOptimizerConfig) -> RowAdam | None:
+    """What changes the rows of CPU kernels; None where FBGEMM's kernels do that."""
+    if config.name not in ADAMS:
+        return None
+    is_rowwise = config.name == "partial_rowwise_adam"
+    return RowAdam(config.lr, config.betas, config.eps, config.weight_decay, is_rowwise)
+
+
 def attach_table_optimizer(
-    tables: Iterable[HeldTable], plan: Plan, config: TableOptimizerConfig
+    tables: Iterable[HeldTable], plan: Plan, config: TableOptimizerConfig, device_type: str
 ) -> None:
-    """Have each table that the plan shards updated inside backward, by FBGEMM's fused kernel."""
+    """Have each table that the plan shards updated inside backward, by FBGEMM's fused kernel.
+
+    For a `cpu_rule` FBGEMM's kernel is one that keeps no state: its updates are taken over.
+    """
+    if device_type == "cpu" and cpu_rule(config):
+        config = TableOptimizerConfig(name="sgd", lr=0.0)
     for table in tables:
         if plan.tables[table.config.name].sharding_type == "data_parallel":
             continue
@@ -75,8 +95,10 @@ def make_optimizer(
         kwargs: dict[str, Any] = {"lr": dense.lr, "weight_decay": dense.weight_decay}
         optimizers.append(("dense", _keyed(others, _DENSE[dense.name], kwargs)))
     if replicated:
-        kwargs = table_optimizer_kwargs(tables)
-        optimizers.append(("tables", _keyed(replicated, _TABLE[tables.name], kwargs)))
+        rule = cpu_rule(tables)
+        make = ReplicatedRowAdam if rule else _TABLE[tables.name]
+        kwargs = vars(rule) if rule else table_optimizer_kwargs(tables)
+        optimizers.append(("tables", _keyed(replicated, make, kwargs)))
     return CombinedOptimizer(optimizers)
 
 

@@ -22,7 +22,7 @@ from shardemb.checkpoint.match import check_matches
 from shardemb.checkpoint.piece import WEIGHT
 from shardemb.checkpoint.reshard import SavedTables
 from shardemb.checkpoint.snapshot import RankFile, Snapshot, Stage
-from shardemb.checkpoint.state import set_dense, set_random, table_pieces
+from shardemb.checkpoint.state import set_dense, set_random, set_table_steps, table_pieces
 from shardemb.checkpoint.store import Store
 
 if TYPE_CHECKING:
@@ -210,6 +210,7 @@ class Checkpoints:
             set_dense(trainer.model, trainer.optimizer, tensors)
             if not weights_only:
                 set_random(trainer.device, tensors)
+                set_table_steps(trainer.model, trainer.optimizer, manifest.step)
                 trainer.step, trainer.samples = manifest.step, manifest.samples
         if name in names:  # the next save drops those after it: another past than this one's
             self.names = names[: names.index(name) + 1]

@@ -4,6 +4,7 @@ dense parameters, their optimizers' state, random states."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -11,17 +12,21 @@ from torchrec.optim import CombinedOptimizer, KeyedOptimizer
 
 from planner import Shard, TablePlan
 from shardemb.checkpoint.piece import WEIGHT, Piece
+from shardemb.config import ADAMS
 from shardemb.optim import table_of
 from shardemb.sharding.initialize import local_blocks
 from shardemb.sharding.shard_model import ShardedModel
 
 # FBGEMM's names of states, and PyTorch's.
-_STATES = {"momentum1": "sum"}
+_ADAGRAD = {"momentum1": "sum"}
+_ADAM = {"momentum1": "exp_avg", "momentum2": "exp_avg_sq"}
 
 
 def table_pieces(model: ShardedModel, optimizer: CombinedOptimizer) -> list[Piece]:
     """What this rank holds of all tables and of their optimizer's state."""
-    return [*_weights(model), *_fused_states(model), *_replicated_states(model, optimizer)]
+    weights = list(_weights(model))
+    fused = _states_of_kernels(model, weights) if model.kernel_adams else _fused_states(model)
+    return [*weights, *fused, *_replicated_states(model, optimizer)]
 
 
 def parameter_names(model: ShardedModel) -> dict[str, str]:
@@ -42,6 +47,7 @@ def _weights(model: ShardedModel) -> Iterator[Piece]:
 
 
 def _fused_states(model: ShardedModel) -> Iterator[Piece]:
+    names = _ADAM if model.table_optimizer.name in ADAMS else _ADAGRAD
     for name, states in model.fused_optimizer.state_dict()["state"].items():
         table = table_of(name, model.planner_plan)
         assert table is not None, name
@@ -53,13 +59,38 @@ def _fused_states(model: ShardedModel) -> Iterator[Piece]:
                 assert tensor.shape[0] == shard.rows and tensor.shape[1:] in ((), (shard.columns,))
                 yield Piece(
                     table,
-                    _STATES[key.rpartition(".")[2]],
+                    names[key.rpartition(".")[2]],
                     shard.row_offset,
                     shard.rows,
                     shard.column_offset,
                     shard.columns,
                     tensor,
                 )
+
+
+def _states_of_kernels(model: ShardedModel, weights: list[Piece]) -> Iterator[Piece]:
+    """Of CPU kernels whose updates are ours: a shard's weights say which kernel's it is."""
+    states = {
+        weight.data_ptr(): state
+        for kernel in model.kernel_adams
+        for weight, state in zip(kernel.weights, kernel.states, strict=True)
+        if len(weight)
+    }
+    for piece in weights:
+        if piece.rows and not piece.is_replicated:
+            for name, tensor in states[piece.tensor.data_ptr()].items():
+                yield replace(piece, state=name, tensor=tensor)
+
+
+def set_table_steps(model: ShardedModel, optimizer: CombinedOptimizer, step: int) -> None:
+    """Have the Adams of tables count on from `step`."""
+    model.fused_optimizer.set_optimizer_step(step)
+    for kernel in model.kernel_adams:
+        kernel.step = step
+    for part in _parts_named("tables", optimizer):
+        for parameter in part.params.values():
+            if "step" in part.state[parameter]:
+                part.state[parameter]["step"].fill_(step)
 
 
 def _local_shards(table: TablePlan) -> list[Shard]:
@@ -73,9 +104,9 @@ def _replicated_states(model: ShardedModel, optimizer: CombinedOptimizer) -> Ite
             table = table_of(name, model.planner_plan)
             assert table is not None, name
             for key, value in part.state[parameter].items():
-                if key not in _STATES.values():  # Adagrad's count of steps, which it does not use
+                if value.dim() == 0:  # the count of steps is the run's
                     continue
-                tensor = value[:, 0] if value.shape[1] == 1 else value
+                tensor = value[:, 0] if value.dim() == 2 and value.shape[1] == 1 else value
                 rows, columns = parameter.shape
                 yield Piece(table, key, 0, rows, 0, columns, tensor, is_replicated=True)
 

@@ -13,15 +13,15 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torch import nn
+
+from shardemb.sharding.kernels import cpu_kernels
 
 
-def mend_empty_shards(sharded: ShardedEmbeddingBagCollection) -> None:
+def mend_empty_shards(sharded: nn.Module) -> None:
     """Make each empty shard of `sharded`'s CPU kernels count as one row that no id refers to."""
-    for lookup in sharded._lookups:
-        for kernel in lookup.modules():
-            if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen) and kernel.use_cpu:
-                _mend(kernel)
+    for kernel in cpu_kernels(sharded):
+        _mend(kernel)
 
 
 def _mend(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:

@@ -17,7 +17,8 @@ from torchrec.distributed.types import ShardingEnv
 
 from planner import Plan, PlannerError, TableSpec, Topology
 from shardemb.config import TableOptimizerConfig
-from shardemb.optim import attach_table_optimizer
+from shardemb.optim import attach_table_optimizer, cpu_rule
+from shardemb.sharding.cpu_adam import KernelAdam, take_over_updates
 from shardemb.sharding.empty_shards import mend_empty_shards
 from shardemb.sharding.initialize import fill, from_parameter, from_seed
 from shardemb.sharding.limits import refuse_unsupported
@@ -27,6 +28,8 @@ from shardemb.sharding.tables import HeldTable, held_tables, tables_from_module
 from shardemb.sharding.torchrec_plan import to_torchrec
 
 logger = logging.getLogger(__name__)
+
+ROWWISE = ("rowwise_adagrad", "partial_rowwise_adam")
 
 
 class ShardedModel(DistributedModelParallel):
@@ -39,6 +42,7 @@ class ShardedModel(DistributedModelParallel):
     planner_plan: Plan  # DistributedModelParallel.plan is the same as TorchRec has it
     table_specs: tuple[TableSpec, ...]
     table_optimizer: TableOptimizerConfig
+    kernel_adams: list[KernelAdam]  # of CPU kernels that FBGEMM cannot update itself
 
 
 def current_topology() -> Topology:
@@ -82,7 +86,7 @@ def shard_model(
     torchrec_plan = to_torchrec(plan, model, device)  # the last check; the model changes below
     _warn_of_column_momentum(plan, optimizer)
     held = list(held_tables(model))
-    attach_table_optimizer(held, plan, optimizer)
+    attach_table_optimizer(held, plan, optimizer, device.type)
     means = {
         path: take_over_mean_pooling(module)
         for path, module in model.named_modules()
@@ -101,6 +105,8 @@ def shard_model(
         collection = sharded.module.get_submodule(path)
         divide_output(collection, keys)
         mend_empty_shards(collection)
+    rule = cpu_rule(optimizer) if device.type == "cpu" else None
+    sharded.kernel_adams = take_over_updates(sharded, rule) if rule else []
     _initialize_tables(sharded, held, device, seed)
     sharded.init_data_parallel()
     sharded.planner_plan, sharded.table_optimizer = plan, optimizer
@@ -144,7 +150,7 @@ def _table_in(state: dict[str, torch.Tensor], path: str, table: str) -> torch.Te
 
 
 def _warn_of_column_momentum(plan: Plan, optimizer: TableOptimizerConfig) -> None:
-    if optimizer.name != "rowwise_adagrad" or dist.get_rank() != 0:
+    if optimizer.name not in ROWWISE or dist.get_rank() != 0:
         return
     split = [
         name
@@ -153,7 +159,7 @@ def _warn_of_column_momentum(plan: Plan, optimizer: TableOptimizerConfig) -> Non
     ]
     if split:
         logger.warning(
-            "rowwise_adagrad keeps one momentum for each column shard of a row, not one for the "
+            f"{optimizer.name} keeps one momentum for each column shard of a row, not one for the "
             "row: tables %s will train slightly differently than unsharded",
             ", ".join(split[:10]) + (" ..." if len(split) > 10 else ""),
         )

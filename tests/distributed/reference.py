@@ -122,7 +122,8 @@ class Reference:
         make |= {"adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}
         dense = make[self.dense_optimizer](layers.parameters(), lr=DENSE_LR, weight_decay=0.0)
         state = {t.name: self._first_state(t) for t in TABLES}
-        for rows in steps:
+        moments = {t.name: torch.zeros(t.rows, t.dim) for t in TABLES}
+        for step, rows in enumerate(steps, start=1):
             logits = layers(rows.dense, self._pool(bags, rows))[:, 0]
             loss = nn.functional.binary_cross_entropy_with_logits(logits, rows.labels)
             dense.zero_grad()
@@ -130,8 +131,13 @@ class Reference:
                 bag.zero_grad()
             loss.backward()
             dense.step()
-            for name, bag in bags.items():
-                self._update(bag.weight, state[name], self.column_shards.get(name, 1))
+            for table in TABLES:
+                weight, shards = bags[table.name].weight, self.column_shards.get(table.name, 1)
+                if "adam" in self.table_optimizer:
+                    ids = {i for f in table.features for bag in rows.ids[f] for i in bag}
+                    self._adam(weight, moments[table.name], state[table.name], sorted(ids), step)
+                else:
+                    self._update(weight, state[table.name], shards)
         result = {name: bag.weight.detach() for name, bag in bags.items()}
         result |= {f"{name}.state": s for name, s in state.items() if s is not None}
         return result | {n: p.detach() for n, p in layers.state_dict().items()}
@@ -155,9 +161,30 @@ class Reference:
     def _first_state(self, table: Table) -> torch.Tensor | None:
         if self.table_optimizer == "sgd":
             return None
-        if self.table_optimizer == "adagrad":
+        if self.table_optimizer in ("adagrad", "adam"):
             return torch.zeros(table.rows, table.dim)
         return torch.zeros(table.rows, self.column_shards.get(table.name, 1))
+
+    @torch.no_grad()
+    def _adam(
+        self,
+        weight: torch.Tensor,
+        moments: torch.Tensor,
+        squares: torch.Tensor | None,
+        ids: list[int],
+        step: int,
+    ) -> None:
+        """Row by row, of those looked up; row-wise: one second moment for each column shard."""
+        assert weight.grad is not None
+        assert squares is not None
+        for row in ids:
+            gradient = weight.grad[row]
+            columns = gradient.view(squares.shape[1], -1)
+            moments[row] = 0.9 * moments[row] + 0.1 * gradient
+            squares[row] = 0.999 * squares[row] + 0.001 * (columns**2).mean(dim=1)
+            size = (squares[row] / (1 - 0.999**step)).sqrt() + EPS
+            size = size.repeat_interleave(columns.shape[1])
+            weight[row] -= TABLE_LR * moments[row] / (1 - 0.9**step) / size
 
     @torch.no_grad()
     def _update(self, weight: torch.Tensor, state: torch.Tensor | None, shards: int) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 
 from planner import Plan
-from shardemb.config import DenseOptimizerConfig, TableOptimizerConfig
+from shardemb.checkpoint.state import table_pieces
+from shardemb.config import ADAMS, DenseOptimizerConfig, TableOptimizerConfig
 from shardemb.data.batch import Batch
 from shardemb.process_group import pick_device
 from shardemb.sharding.shard_model import ShardedModel, shard_model
@@ -117,6 +119,28 @@ def holdings(model: ShardedModel, trainer: Trainer) -> dict[str, Any]:
             for key, value in state.items():
                 if "embedding_bags" in name and ("momentum" in key or key == "sum"):
                     held[_short(name) + ".state"] = _pieces(value)
+    if model.table_optimizer.name in ADAMS:
+        held |= _second_moments(model, trainer)
+    return held
+
+
+def _second_moments(model: ShardedModel, trainer: Trainer) -> dict[str, Any]:
+    """In the order of the plan's shards, as TorchRec lists those of its own optimizers."""
+    found = {
+        (piece.table, piece.row, piece.column): _on_cpu(piece.tensor.reshape(piece.rows, -1))
+        for piece in table_pieces(model, trainer.optimizer)
+        if piece.state == "exp_avg_sq"
+    }
+    held: dict[str, Any] = {}
+    for name, table in model.planner_plan.tables.items():
+        is_replicated = table.sharding_type == "data_parallel"
+        here = [s for s in table.shards if is_replicated or s.rank == dist.get_rank()]
+        held[f"{name}.state"] = [
+            (s.row_offset, s.column_offset, found[name, s.row_offset, s.column_offset])
+            if s.rows
+            else (s.row_offset, s.column_offset, torch.empty(0, s.columns))
+            for s in (here[:1] if is_replicated else here)
+        ]
     return held
 
 

@@ -17,18 +17,26 @@ from shardemb.checkpoint.checkpoints import Checkpoints
 from tests.distributed import sharded
 from tests.distributed.pool import WorkerPool
 from tests.distributed.reference import TABLES, Reference, Rows, draw_rows
-from tests.distributed.test_sharded_equals_unsharded import assemble, column_shards, specs
+from tests.distributed.test_sharded_equals_unsharded import (
+    ROWWISE,
+    assemble,
+    column_shards,
+    specs,
+)
 
 GLOBAL_BATCH, STEPS = 12, 3
 WORLD_SIZES = (1, 2, 4)
-DENSE = {"sgd": "adagrad", "adagrad": "sgd", "rowwise_adagrad": "adam"}
+DENSE = {
+    **{"sgd": "adagrad", "adagrad": "sgd", "rowwise_adagrad": "adam"},
+    **{"adam": "sgd", "partial_rowwise_adam": "adamw"},
+}
 
 WORLDS = list(product(WORLD_SIZES, WORLD_SIZES))
 TYPES = list(product(SHARDING_TYPES, SHARDING_TYPES))
 # Every pair of types once with each optimizer, and every pair of numbers of ranks many times.
 SOME = [
     (*types, *WORLDS[(number * 5 + offset) % len(WORLDS)], optimizer)
-    for offset, optimizer in enumerate(("adagrad", "rowwise_adagrad"))
+    for offset, optimizer in enumerate(("adagrad", "rowwise_adagrad", "adam"))
     for number, types in enumerate(TYPES)
 ]
 ALL = [(*types, *worlds, optimizer) for types in TYPES for worlds in WORLDS for optimizer in DENSE]
@@ -91,8 +99,8 @@ def reference(optimizer: str, count: int, shards: tuple[tuple[str, int], ...]) -
 
 
 def shards_of(plan: Plan, optimizer: str) -> dict[str, int]:
-    """More than one momentum a row: where row-wise Adagrad has column shards."""
-    return column_shards(plan) if optimizer == "rowwise_adagrad" else {}
+    """More than one momentum a row: where a row-wise optimizer has column shards."""
+    return column_shards(plan) if optimizer in ROWWISE else {}
 
 
 def joined(state: torch.Tensor, dim: int, shards: int) -> torch.Tensor:
@@ -119,7 +127,7 @@ def check(
     for name, value in trained.items():
         was = assemble(name, value, before, source)
         torch.testing.assert_close(was, value, rtol=1e-5, atol=1e-6)
-        if name in dims and optimizer == "rowwise_adagrad":
+        if name in dims and optimizer in ROWWISE:
             table, dim = dims[name]
             expected = joined(was, dim, new_shards[table])
         else:

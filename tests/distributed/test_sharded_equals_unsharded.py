@@ -15,7 +15,11 @@ from tests.distributed.pool import WorkerPool
 from tests.distributed.reference import TABLES, Reference, Rows, draw_rows
 
 BATCH_SIZE = 6
-OPTIMIZERS = [("sgd", "sgd"), ("adagrad", "adagrad"), ("rowwise_adagrad", "adam")]
+OPTIMIZERS = [
+    *(("sgd", "sgd"), ("adagrad", "adagrad"), ("rowwise_adagrad", "adam")),
+    *(("adam", "adamw"), ("partial_rowwise_adam", "sgd")),
+]
+ROWWISE = ("rowwise_adagrad", "partial_rowwise_adam")
 
 # Relative and absolute. A GPU sums in another order than the reference; a wrong step is far off.
 TOLERANCES = {"cpu": (1e-5, 1e-6), "cuda": (1e-4, 1e-5)}
@@ -76,7 +80,7 @@ DIMS = {table.name: table.dim for table in TABLES}
 
 def check(pool: WorkerPool, plan: Plan, tables: str, dense: str, weighted: bool) -> None:
     steps = draw_steps(pool.world_size)
-    shards = column_shards(plan) if tables == "rowwise_adagrad" else {}
+    shards = column_shards(plan) if tables in ROWWISE else {}
     expected = Reference(tables, dense, weighted, shards).train(steps)
     held = pool.run(sharded.train, plan, tables, dense, weighted, steps, BATCH_SIZE, pool.device)
     rtol, atol = TOLERANCES[pool.device]

@@ -178,8 +178,8 @@ class Sequence(nn.Module):
             self.embeddings.embeddings["t"].weight.copy_(torch.arange(40.0).view(10, 4))
 
 
-def sequence_rows(plan: Plan) -> torch.Tensor:
-    model = shard_model(Sequence(), plan, TableOptimizerConfig(name="sgd", lr=1.0))
+def sequence_rows(plan: Plan, optimizer: str) -> torch.Tensor:
+    model = shard_model(Sequence(), plan, TableOptimizerConfig(name=optimizer, lr=1.0))
     features = KeyedJaggedTensor(
         keys=["f"], values=torch.tensor([3, 9, 3]), lengths=torch.tensor([2, 1])
     )
@@ -188,17 +188,21 @@ def sequence_rows(plan: Plan) -> torch.Tensor:
     return torch.stack([values.detach(), model.module.embeddings(features)["f"].values().detach()])
 
 
+@pytest.mark.parametrize(("optimizer", "change"), [("sgd", [2, 1, 2]), ("adam", [1, 1, 1])])
 @pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise", "column_wise"])
-def test_embedding_collections_train(pool: WorkerPool, sharding_type: str) -> None:
-    """Unpooled lookups give the table's rows, and SGD on their sum takes away their counts."""
+def test_embedding_collections_train(
+    pool: WorkerPool, sharding_type: str, optimizer: str, change: list[int]
+) -> None:
+    """Unpooled lookups give the table's rows; SGD on their sum takes away their counts, and Adam's
+    first step the learning rate."""
     spec = TableSpec(name="t", num_embeddings=10, embedding_dim=4)
     plan = plan_by_rule(
         [spec], topology_of(pool), ShardingRule(sharding_type=sharding_type, column_shards=1)
     )
     rows = torch.arange(40.0).view(10, 4)[[3, 9, 3]]
-    for found in pool.run(sequence_rows, plan):
+    for found in pool.run(sequence_rows, plan, optimizer):
         torch.testing.assert_close(found[0], rows)
-        torch.testing.assert_close(found[1], rows - torch.tensor([2.0, 1.0, 2.0])[:, None])
+        torch.testing.assert_close(found[1], rows - torch.tensor(change)[:, None])
 
 
 def refusal(plan: Plan, module: Any) -> str:
@@ -238,12 +242,15 @@ def column_warnings(plan: Plan, optimizer: str) -> list[str]:
 
 
 def test_column_momentum_is_warned_of_once(pool: WorkerPool) -> None:
-    """Rank 0 alone says that row-wise Adagrad differs on column shards; Adagrad does not."""
+    """Rank 0 alone says that row-wise optimizers differ on column shards; others do not."""
     spec = TableSpec(name="t", num_embeddings=ROWS, embedding_dim=8)
     rule = ShardingRule(sharding_type="column_wise", column_shards=2, ranks=(0, 0))
     plan = plan_by_rule([spec], topology_of(pool), rule)
-    first, *others = pool.run(column_warnings, plan, "rowwise_adagrad")
-    assert len(first) == 1
-    assert "tables t will train slightly differently" in first[0]
-    assert not any(others)
-    assert not any(pool.run(column_warnings, plan, "adagrad"))
+    for optimizer in ("rowwise_adagrad", "partial_rowwise_adam"):
+        first, *others = pool.run(column_warnings, plan, optimizer)
+        assert len(first) == 1
+        assert f"{optimizer} keeps one momentum for each column shard" in first[0]
+        assert "tables t will train slightly differently" in first[0]
+        assert not any(others)
+    for optimizer in ("adagrad", "adam"):
+        assert not any(pool.run(column_warnings, plan, optimizer))

@@ -213,7 +213,11 @@ def test_malformed_overrides(path: Path, override: str, message: str):
             "`ids: vocabulary` and the file `vocabulary` go together; name both "
             "(found {'ids': 'hash', 'null_row': 0, 'vocabulary': 'words.txt'})",
         ),
-        ("train.table_optimizer.learning_rate=1", "", "unknown key; known are eps, lr, name"),
+        (
+            "train.table_optimizer.learning_rate=1",
+            "",
+            "unknown key; known are betas, eps, lr, name, weight_decay",
+        ),
         ("tables.C9={embedding_dim: 8}", ".num_embeddings", "required, but not given"),
         ("train.batch_size=0", "", "Input should be greater than 0 (found 0)"),
         ("train.batch_size=", "", "Input should be a valid integer (found None)"),
