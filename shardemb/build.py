@@ -50,7 +50,7 @@ def build_trainer(config: RunConfig, device: torch.device) -> Trainer:
         seed=config.seed,
         deterministic=config.train.deterministic,
     )
-    return Trainer(sharded, config.train.dense_optimizer)
+    return Trainer(sharded, config.train.dense_optimizer, config.train.schedule)
 
 
 def _agree_on_plan(config: RunConfig, topology: Topology) -> Plan:

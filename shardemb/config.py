@@ -246,6 +246,38 @@ class DenseOptimizerConfig(_Section):
     weight_decay: float = Field(default=0.0, ge=0)
 
 
+class ScheduleConfig(_Section):
+    """How the learning rates of tables and dense parameters change over the steps."""
+
+    name: Literal["constant", "polynomial", "cosine", "step"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0, description="from 0 to the full rates, linearly")
+    decay_start_step: int | None = Field(
+        default=None, ge=0, description="default: after the warm-up"
+    )
+    decay_steps: int | None = Field(
+        default=None,
+        gt=0,
+        description="polynomial, cosine: how long, default to the end; step: steps between changes",
+    )
+    power: float = Field(default=2.0, gt=0, description="of polynomial")
+    gamma: float = Field(default=0.5, gt=0, le=1, description="of step: factor of each change")
+    final: float = Field(
+        default=0.0, ge=0, le=1, description="of polynomial and cosine: what is left at the end"
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ScheduleConfig:
+        start = self.decay_start_step
+        if start is not None and start < self.warmup_steps:
+            raise ValueError(
+                f"decay_start_step: {start} is within the warm-up of {self.warmup_steps} steps; "
+                "start the decay after it"
+            )
+        if self.name == "step" and self.decay_steps is None:
+            raise ValueError("decay_steps: `step` needs the number of steps between changes")
+        return self
+
+
 class TrainConfig(_Section):
     batch_size: int = Field(default=2048, gt=0, description="rows a step on each rank")
     epochs: int = Field(default=1, gt=0)
@@ -257,6 +289,7 @@ class TrainConfig(_Section):
     log_every: int = Field(default=20, gt=0, description="steps between lines in metrics.jsonl")
     table_optimizer: TableOptimizerConfig = TableOptimizerConfig()
     dense_optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
 
 
 class CheckpointConfig(_Section):

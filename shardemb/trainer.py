@@ -14,11 +14,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from planner import UserError
 from shardemb.checkpoint.checkpoints import Checkpoints
-from shardemb.config import DenseOptimizerConfig
+from shardemb.config import DenseOptimizerConfig, ScheduleConfig
 from shardemb.data.batch import Batch
 from shardemb.data.parquet import ParquetReader
 from shardemb.metrics.evaluation import Evaluation, Evaluator
 from shardemb.optim import make_optimizer
+from shardemb.schedule import LearningRates
 from shardemb.sharding.shard_model import ShardedModel
 
 # The first steps build buckets, thread pools and caches: speed is measured after them.
@@ -46,7 +47,10 @@ class Trainer:
     """
 
     def __init__(
-        self, model: ShardedModel, dense_optimizer: DenseOptimizerConfig | None = None
+        self,
+        model: ShardedModel,
+        dense_optimizer: DenseOptimizerConfig | None = None,
+        schedule: ScheduleConfig | None = None,
     ) -> None:
         self.model = model
         self.device = model.device
@@ -58,6 +62,7 @@ class Trainer:
             dense_optimizer or DenseOptimizerConfig(),
             model.table_optimizer,
         )
+        self.rates = LearningRates(model, self.optimizer, schedule or ScheduleConfig())
 
     def train_step(self, batch: Batch) -> torch.Tensor:
         """One step on this rank's `batch`; this rank's part of the loss, summed over its rows."""
@@ -96,6 +101,7 @@ class Trainer:
         batches = _with_position(reader, epochs)
         while self.step < last:
             batch, position = meter.wait_for(batches)
+            self.rates.set(self.step + 1, last)
             meter.add(self.train_step(batch), batch.global_rows)
             self.step, self.samples = self.step + 1, meter.samples
             is_saved = checkpoints is not None and _is_due(self.step, last, checkpoint_every)

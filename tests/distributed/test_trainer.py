@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.modules.embedding_configs import DataType
 
 from planner import Plan, PlannerError, ShardingRule, UserError, plan_by_rule
 from planner.geometry import SHARDING_TYPES
-from shardemb.config import DenseOptimizerConfig, TableOptimizerConfig
+from shardemb.config import DenseOptimizerConfig, ScheduleConfig, TableOptimizerConfig
 from shardemb.data.batch import Batch
 from shardemb.data.parquet import ParquetReader
 from shardemb.data.schema import BatchSchema
@@ -55,12 +56,16 @@ def plan_for(model: torch.nn.Module, sharding_type: str, optimizer: str) -> Plan
 
 
 def make_trainer(
-    sharding_type: str, lr: float = 0.1, dtype: str = "FP32", optimizer: str = "adagrad"
+    sharding_type: str,
+    lr: float = 0.1,
+    dtype: str = "FP32",
+    optimizer: str = "adagrad",
+    schedule: ScheduleConfig | None = None,
 ) -> Trainer:
     model = Clicks(DataType[dtype])
     tables = TableOptimizerConfig(name=optimizer, lr=lr)
     sharded = shard_model(model, plan_for(model, sharding_type, optimizer), tables)
-    return Trainer(sharded, DenseOptimizerConfig(name="sgd", lr=lr))
+    return Trainer(sharded, DenseOptimizerConfig(name="sgd", lr=lr), schedule)
 
 
 def run(folder: Path, lr: float, epochs: int, max_steps: int | None) -> list[Progress]:
@@ -135,3 +140,75 @@ def test_half_precision_tables(pool: WorkerPool, folder: Path) -> None:
         assert "use fp32 or another sharding type" in message
     for message in pool.run(refusal, "table_wise", "BF16", "sgd"):
         assert "no bf16 kernels for CPU" in message
+
+
+SCHEDULE = ScheduleConfig(name="polynomial", warmup_steps=3, power=1.0)
+RATES = [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]  # of five steps; the sixth's is zero
+
+
+def weights_with_schedule(folder: Path, sharding_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What this rank has of the table after six steps, and the same rows of plain PyTorch."""
+    trainer = make_trainer(sharding_type, optimizer="sgd", schedule=SCHEDULE)
+    first = whole_table(trainer)
+    schema = BatchSchema.for_tables(trainer.model.table_specs)
+    layer = torch.nn.Linear(4, 1)
+    layer.load_state_dict({n: p.clone() for n, p in trainer.model.module.over.state_dict().items()})
+    trainer.train(ParquetReader(folder, schema, batch_size=BATCH_SIZE), max_steps=6)
+
+    table = first.clone().requires_grad_()
+    size = BATCH_SIZE * dist.get_world_size()
+    reader = ParquetReader(folder, schema, batch_size=size, rank=0, world_size=1)
+    optimizer = torch.optim.SGD([table, *layer.parameters()], lr=0.1)
+    for rate, batch in zip([*RATES, 0.0], reader.epoch(), strict=False):
+        optimizer.param_groups[0]["lr"] = 0.1 * rate
+        logits = layer(table[batch.sparse.values()])[:, 0]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return whole_table(trainer), table.detach()
+
+
+def whole_table(trainer: Trainer) -> torch.Tensor:
+    """Summed over ranks, each of which has a part."""
+    whole = torch.zeros(50, 4)
+    state = trainer.model.state_dict()["embeddings.embedding_bags.t.weight"]
+    if isinstance(state, torch.Tensor) and not hasattr(state, "local_shards"):
+        return state.detach().clone()
+    for shard in state.local_shards():
+        row, column = shard.metadata.shard_offsets
+        rows, columns = shard.tensor.shape
+        whole[row : row + rows, column : column + columns] = shard.tensor.detach()
+    dist.all_reduce(whole)
+    return whole
+
+
+@pytest.mark.parametrize("sharding_type", ["row_wise", "data_parallel"])
+def test_schedules_drive_all_optimizers(pool: WorkerPool, folder: Path, sharding_type: str) -> None:
+    """Tables inside backward, replicated ones and dense layers learn at the rates of each step:
+    the weights are those of plain PyTorch with its rates set by hand."""
+    for found, expected in pool.run(weights_with_schedule, folder, sharding_type):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def adam_moves(folder: Path, sharding_type: str) -> list[float]:
+    """How far the tables' Adam goes in each of six steps at most."""
+    trainer = make_trainer(sharding_type, optimizer="adam", schedule=SCHEDULE)
+    schema, moves = BatchSchema.for_tables(trainer.model.table_specs), []
+    reader = ParquetReader(folder, schema, batch_size=BATCH_SIZE)
+    for batch, step in zip(reader.epoch(), range(1, 7), strict=False):
+        before = whole_table(trainer)
+        trainer.rates.set(step, 6)
+        trainer.train_step(batch)
+        moves.append(float((whole_table(trainer) - before).abs().max()))
+    return moves
+
+
+@pytest.mark.parametrize("sharding_type", ["row_wise", "data_parallel"])
+def test_schedules_drive_adam(pool: WorkerPool, folder: Path, sharding_type: str) -> None:
+    """Its first step is as long as the learning rate, which the first step's is a third of; its
+    last step's rate is zero, and nothing moves."""
+    for moves in pool.run(adam_moves, folder, sharding_type):
+        assert moves[0] == pytest.approx(0.1 / 3, rel=1e-4)
+        assert all(move > 0 for move in moves[:5])
+        assert moves[5] == 0
