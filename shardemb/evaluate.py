@@ -29,7 +29,7 @@ def run(config: RunConfig, checkpoint: str, result: Path) -> None:
 
     from shardemb.build import build_reader, build_trainer, tell
     from shardemb.checkpoint.checkpoints import Checkpoints
-    from shardemb.process_group import process_group
+    from shardemb.ranks import process_group
 
     with process_group(config.launch.device) as device:
         reader = build_reader(config, "test")

@@ -40,7 +40,7 @@ def run(config: RunConfig) -> None:
 
     from shardemb.build import build_reader, build_trainer, tell
     from shardemb.checkpoint.checkpoints import Checkpoints
-    from shardemb.process_group import process_group
+    from shardemb.ranks import process_group
 
     with process_group(config.launch.device) as device:
         tell(f"reading the footers of {config.data.dir}")

@@ -64,3 +64,17 @@ def _imports(layer: str) -> Iterator[tuple[str, str]]:
                 continue
             for name in names:
                 yield str(file.relative_to(ROOT)), name.partition(".")[0]
+
+
+def test_public_names_are_what_they_name():
+    """Each is there, and no module of its name hides it once that is imported."""
+    code = (
+        "import importlib, shardemb, types\n"
+        "for name in shardemb.__all__:\n"
+        "    importlib.import_module(shardemb._PUBLIC[name])\n"
+        "print([n for n in shardemb.__all__ if isinstance(getattr(shardemb, n), types.ModuleType)])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"

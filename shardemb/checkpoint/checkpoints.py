@@ -39,15 +39,15 @@ class Checkpoints:
 
     With `asynchronous`, `save` copies this rank's state and a thread writes the copy while training
     goes on. Without, it is written from where it lies, which needs no memory and stops training.
+    One checkpoint of a process is written at a time.
     """
 
     def __init__(
         self, folder: str | Path, *, keep_last: int = 2, asynchronous: bool = True
     ) -> None:
         self.store, self.keep_last = Store(folder), keep_last
-        self._rank, world_size = dist.get_rank(), dist.get_world_size()
-        # Of its own, and on CPU: collectives of the writing thread must not mix with training's.
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._rank = dist.get_rank()
+        self._group = _own_group() if dist.get_world_size() > 1 else None
         self._stage = Stage() if asynchronous else None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -230,3 +230,16 @@ class Checkpoints:
                 else "there is no earlier one"
             )
             raise UserError(f"{error}\n{offer}") from error
+
+
+_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def _own_group() -> dist.ProcessGroup:
+    """A group on CPU: collectives of the writing thread must not mix with training's. One for all
+    checkpoints of a process, because a group keeps its threads until the process ends."""
+    world = dist.group.WORLD
+    assert world is not None
+    if world not in _groups:
+        _groups[world] = dist.new_group(backend="gloo")
+    return _groups[world]

@@ -93,7 +93,7 @@ def _serve(environment: dict[str, str], device: DeviceType, pipe: Connection) ->
 
     import torch
 
-    from shardemb.process_group import process_group
+    from shardemb.ranks import process_group
 
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from planner import Plan
 from shardemb.checkpoint.state import table_pieces
 from shardemb.config import ADAMS, DenseOptimizerConfig, TableOptimizerConfig
 from shardemb.data.batch import Batch
-from shardemb.process_group import pick_device
+from shardemb.ranks import pick_device
 from shardemb.sharding.shard_model import ShardedModel, shard_model
 from shardemb.trainer import Trainer
 from tests.distributed.pool import DeviceType

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -302,3 +303,16 @@ def test_a_new_run_leaves_the_checkpoints_of_another(
     for message in pool.run(earlier_refused, data, tmp_path):
         assert "holds checkpoints of an earlier run, the last is step-00000002" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == [LIST, "step-00000002"]
+
+
+def threads_after(folder: Path) -> list[int]:
+    counts = []
+    for _ in range(6):
+        Checkpoints(folder).find()
+        counts.append(len(os.listdir("/proc/self/task")))
+    return counts
+
+
+def test_checkpoints_take_threads_once(pool: WorkerPool, tmp_path: Path) -> None:
+    for counts in pool.run(threads_after, tmp_path):
+        assert counts[-1] == counts[0]
