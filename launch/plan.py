@@ -12,7 +12,6 @@ from planner import Plan, RequestError, Topology
 from planner.cost.predict import predict
 from planner.request import (
     AUTO,
-    COST_MODELS,
     OBJECTIVES,
     PlanRequest,
     Sources,
@@ -95,7 +94,8 @@ def _changed(section: Section, options: Mapping[str, Any]) -> Section:
 
 
 def _refuse_unknown(request: PlanRequest) -> None:
-    choose("--cost", request.cost or COST_MODELS[0], COST_MODELS)
+    if request.cost:
+        cost_model(request.cost, batch_size=1)  # a name, or a profile that can be read
     choose("--objective", request.objective or OBJECTIVES[0], OBJECTIVES)
     choose("--search, for a run config,", request.search or AUTO, [AUTO])
     for option in ("time_budget", "dense_bytes"):

@@ -83,7 +83,11 @@ TopologyText = Annotated[
 ]
 BatchSize = Annotated[int | None, typer.Option(help="rows a step on each rank", min=1)]
 Cost = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="analytic (default), or torchrec: its estimate")
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="analytic (default), torchrec: its estimate, or the file that `profile` wrote",
+    ),
 ]
 Objective = Annotated[
     str | None,
@@ -157,6 +161,7 @@ def make(
     )
     with stderr.status("planning"), _reported(as_json):
         plan = _sources(ctx).make_plan(path, overrides or (), request)
+    _remark(plan)
     if out:
         plan.save(out)
     _show(plan, html, as_json)
@@ -350,6 +355,17 @@ def _reported(as_json: bool) -> Iterator[None]:
         if as_json and isinstance(error, DoesNotFit):
             _print_json(error.report.to_dict())
         raise
+
+
+def _remark(plan: Plan) -> None:
+    """What a profile says of the plan that it was made with, on stderr."""
+    from planner.request import PROFILE, learned_cost
+
+    if plan.cost_model and plan.batch_size and plan.cost_model.endswith(PROFILE):
+        from planner.learned_plan import remarks
+
+        for line in remarks(plan, learned_cost(plan.cost_model, plan.batch_size)):
+            stderr.print(line, highlight=False)
 
 
 def _show(plan: Plan, html: Path | None, as_json: bool) -> None:

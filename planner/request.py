@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -21,7 +21,11 @@ from planner.table_list import TableList, load_table_list
 from planner.topology import Topology, parse_topology
 from planner.validation import explain, shorten
 
+if TYPE_CHECKING:
+    from planner.cost.learned import LearnedCost
+
 COST_MODELS = ("analytic", "torchrec")
+PROFILE = ".json"  # what the names of profiles end in, which are cost models too
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 AUTO = "auto"
 MOST_ROWS = 10**9  # on one rank: a typing mistake otherwise
@@ -113,9 +117,7 @@ def plan_list(tables: TableList, topology: Topology, request: PlanRequest) -> Pl
     problem = (tables.tables, topology, model, batch_size)
     search = request.search or AUTO
     if search == AUTO:  # each is imported where it is needed: it takes as long as all else
-        from planner.make_plan import make_plan
-
-        return make_plan(*problem, time_budget=_time_budget(request), **settings)
+        return planner_for(model)(*problem, time_budget=_time_budget(request), **settings)
     from planner.search.baselines import BASELINES, plan_by_baseline
 
     name = choose("--search", search, (AUTO, *BASELINES))
@@ -162,14 +164,35 @@ def _listed_batch_size(tables: TableList, ranks: int) -> int:
 
 
 def cost_model(name: str, batch_size: int, option: str = "--cost") -> CostModel:
-    """The model of that name, imported when it is asked for."""
-    if choose(option, name, COST_MODELS) == "torchrec":
+    """The model of that name, or of that profile, imported when it is asked for."""
+    if name.endswith(PROFILE):
+        return learned_cost(name, batch_size)
+    if choose(option, name, (*COST_MODELS, "the name of a profile (.json)")) == "torchrec":
         from planner.cost.torchrec_estimate import TorchRecEstimate
 
         return TorchRecEstimate(batch_size)
     from planner.cost.analytic import AnalyticCost
 
     return AnalyticCost(batch_size)
+
+
+def planner_for(model: CostModel) -> Callable[..., Plan]:
+    """`make_plan`, or what a profile needs, with the same arguments."""
+    if model.name.endswith(PROFILE):
+        from planner.learned_plan import make_learned_plan
+
+        return make_learned_plan
+    from planner.make_plan import make_plan
+
+    return make_plan
+
+
+def learned_cost(path: str, batch_size: int) -> LearnedCost:
+    """The cost model of the profile in that file."""
+    from planner.cost.learned import LearnedCost
+    from planner.cost.profile import Profile
+
+    return LearnedCost(Profile.load(Path(path)), batch_size, path)
 
 
 def choose(option: str, given: str, choices: Iterable[Any]) -> Any:

@@ -22,6 +22,7 @@ from planner import RequestError, ShardingRule, TableSpec
 from planner.constraints import TableConstraint
 from planner.geometry import ShardingType
 from planner.plan import Objective
+from planner.request import COST_MODELS, PROFILE
 from planner.strict_yaml import read_yaml
 from planner.tables import DataType, TableOptimizerName
 from planner.validation import explain, nearest
@@ -188,9 +189,20 @@ class ShardingConfig(_Section):
         description="what the planner counts on: a known kind (cpu, A100-80GB ...), a topology "
         "file with its hardware, or auto: the GPU that nvidia-smi lists, else cpu",
     )
-    cost: Literal["analytic", "torchrec"] = "analytic"
+    cost: str = Field(
+        default="analytic",
+        description="analytic, torchrec, or the profile.json that `shardemb profile` wrote",
+    )
     objective: Objective = "stages"
     plan: Path | None = Field(default=None, description="a plan.json to use instead of all this")
+
+    @field_validator("cost")
+    @classmethod
+    def _is_known(cls, cost: str) -> str:
+        if cost not in COST_MODELS and not cost.endswith(PROFILE):
+            known = (*COST_MODELS, "the name of a profile (.json)")
+            raise ValueError(f"{cost} is no cost model{nearest(cost, known)}")
+        return cost
 
     @field_validator("tables", mode="before")
     @classmethod

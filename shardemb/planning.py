@@ -5,24 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 from planner import Plan, RequestError, ShardingRule, TableSpec, Topology, plan_by_rule
 from planner.constraints import TableConstraint
-from planner.cost.analytic import AnalyticCost
-from planner.cost.stages import CostModel
-from planner.cost.torchrec_estimate import TorchRecEstimate
 from planner.data_stats import with_statistics
 from planner.geometry import SHARDING_TYPES
 from planner.hardware import PRESETS, Hardware, preset
+from planner.request import cost_model, planner_for
 from planner.topology import parse_topology
 from shardemb.config import RunConfig
-
-_COST_MODELS: dict[str, Callable[[int], CostModel]] = {
-    "analytic": AnalyticCost,
-    "torchrec": TorchRecEstimate,
-}
 
 
 def tables_to_plan(config: RunConfig) -> list[TableSpec]:
@@ -40,15 +32,14 @@ def plan_run(config: RunConfig, topology: Topology) -> Plan:
         return plan
     if sharding.default is not None:
         return plan_by_rule(tables, topology, sharding.default, sharding.tables)
-    from planner.make_plan import make_plan  # with scipy, which rules do without
-
     if topology.hardware is None:
         topology = topology.model_copy(update={"hardware": run_hardware(config)})
     batch_size = config.train.batch_size
-    return make_plan(
+    model = cost_model(sharding.cost, batch_size, "sharding.cost")
+    return planner_for(model)(
         tables,
         topology,
-        _COST_MODELS[sharding.cost](batch_size),
+        model,
         batch_size,
         objective=sharding.objective,
         constraints=_constraints(config, tables),

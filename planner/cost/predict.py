@@ -26,8 +26,8 @@ def predict(
     (the objective `stages`); `max_total` takes the slowest device's sum. `fixed_memory` are bytes
     on every device besides tables and their buffers: the dense model.
     """
-    specs = [_spec(plan, name) for name in plan.tables]
-    shards, ranks = _columns(plan, specs)
+    specs = table_specs(plan)
+    shards, ranks = shards_of(plan, specs)
     costs = model.stage_costs(shards, plan.topology)
     memory = table_memory(shards)
     stages = np.stack([_per_rank(plan, ranks, costs[:, s]) for s in range(len(STAGES))], axis=1)
@@ -53,13 +53,18 @@ def predict(
     )
 
 
+def table_specs(plan: Plan) -> list[TableSpec]:
+    """The tables that the plan is for."""
+    return [_spec(plan, name) for name in plan.tables]
+
+
 def _spec(plan: Plan, name: str) -> TableSpec:
     spec = plan.tables[name].spec
     assert spec is not None, f"the plan of table {name} has no spec to predict from"
     return spec
 
 
-def _columns(plan: Plan, specs: list[TableSpec]) -> tuple[ShardColumns, Any]:
+def shards_of(plan: Plan, specs: list[TableSpec]) -> tuple[ShardColumns, Any]:
     """All shards of the plan, and the rank of each."""
     rows = [
         (

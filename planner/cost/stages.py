@@ -22,6 +22,7 @@ class StageCost(NamedTuple):
 
 
 STAGES = StageCost._fields
+COMPUTE, LINKS = [0, 2], [1, 3]  # the columns of kernels, and of collectives
 
 
 class CostModel(Protocol):

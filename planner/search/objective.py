@@ -7,12 +7,10 @@ from functools import cached_property
 
 import numpy as np
 
+from planner.cost.stages import COMPUTE, LINKS
 from planner.options import Options, Problem
 from planner.plan import Objective
 from planner.shards import Bools, Floats, Ints
-
-# Stages that kernels spend (forward and backward compute), and those that links do.
-COMPUTE_STAGES, LINK_STAGES = [0, 2], [1, 3]
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Goal:
     @cached_property
     def groups(self) -> list[list[int]]:
         """Columns whose maxima are bounded together."""
-        return [COMPUTE_STAGES, LINK_STAGES] if self.objective == "stages" else [[0]]
+        return [COMPUTE, LINKS] if self.objective == "stages" else [[0]]
 
     @cached_property
     def group_load(self) -> Floats:

@@ -128,7 +128,10 @@ MISTAKES = {
     "missing config": (["no.yaml"], "cannot read the config no.yaml: No such file"),
     "missing table list": (["no.json"], "cannot read the table list no.json"),
     "unknown key": (["run.yaml", "trian.epochs=1"], "trian: unknown key"),
-    "unknown cost": (["run.yaml", "--cost", "x"], "--cost 'x': choose analytic or"),
+    "unknown cost": (
+        ["run.yaml", "--cost", "x"],
+        "--cost 'x': choose analytic, torchrec or the name of a profile",
+    ),
     "unknown topology": (["run.yaml", "--topology", "2x"], "write HOSTSxDEVICESxKIND"),
     "baseline": (["run.yaml", "--search", "random"], "choose auto"),
     "time budget": (["run.yaml", "--time-budget", "1"], "is for table lists"),

@@ -166,7 +166,7 @@ MISTAKES = {
     ),
     "unknown cost model": (
         ["tables.json", *ON_FOUR, "--cost", "mine"],
-        "--cost 'mine': choose analytic or torchrec",
+        "--cost 'mine': choose analytic, torchrec or the name of a profile (.json)",
     ),
     "unknown search": (
         ["tables.json", *ON_FOUR, "--search", "best"],

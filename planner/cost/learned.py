@@ -1,0 +1,109 @@
+"""Costs from a profile: what kernels and collectives took where it was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.cost.analytic import AnalyticCost
+from planner.cost.features import ShardWork, sum_by, whole_tables
+from planner.cost.links import LinkBytes
+from planner.cost.predict import shards_of, table_specs
+from planner.cost.profile import Estimate, Profile
+from planner.cost.stages import COMPUTE, LINKS
+from planner.plan import Plan
+from planner.shards import KERNEL_CODE, Bools, Floats, ShardColumns
+from planner.topology import Topology
+
+
+@dataclass(frozen=True)
+class PlanEstimate:
+    """What a profile predicts for a plan."""
+
+    compute: Estimate  # [ranks, 2]: forward and backward
+    links_ms: Floats  # [2]: the collectives of forward and of backward
+    extrapolated: float  # times beyond what was measured, of the shard that is farthest; 1: none
+
+    @property
+    def step_ms(self) -> float:
+        """Every stage waits for its slowest rank."""
+        return float(self.compute.ms.max(axis=0).sum() + self.links_ms.sum())
+
+
+@dataclass(frozen=True)
+class LearnedCost:
+    """What each shard adds to the stages of its device: additive, as search and bound need it.
+
+    A fused kernel costs less than its tables one by one, so the profile's prediction for a device
+    is not a sum over its shards. `stage_costs` is its tangent, where every device has an even part
+    of all tables. What follows of the prediction's heads, which are convex and rise:
+
+    - Compute: no device is predicted to take less than the tangent says, so a plan's predicted
+      compute is at least its sums. The tangent leaves out what a kernel takes before its first row.
+    - Communication: a byte that a rank sends is charged what a byte costs where all ranks send as
+      much: about right for even plans, too much for uneven ones.
+
+    The planner's bound certifies the sums of these costs. So it also holds for a step of predicted
+    compute (of fused kernels) and communication as charged here; it certifies nothing about
+    communication as `estimate` predicts it.
+
+    Measured are fused kernels for pooled, unweighted tables in device memory, and collectives in
+    one host. Other kernels cost what the analytic model says, times what fused kernels take here
+    for each ms that it says of them; between hosts collectives are the analytic model's.
+    """
+
+    profile: Profile
+    batch_size: int
+    name: str = "profile"
+
+    def stage_costs(self, shards: ShardColumns, topology: Topology) -> Floats:
+        """[shards, 4]: milliseconds of each stage, above what a device takes at least."""
+        network = self.profile.compute.network
+        costs = AnalyticCost(self.batch_size).stage_costs(shards, topology)
+        whole = whole_tables(shards.tables)
+        added = network.represent(ShardWork.of(whole, topology, self.batch_size).features)
+        slopes = network.slopes(added.sum(axis=0) / topology.world_size)
+        analytic = AnalyticCost(self.batch_size).stage_costs(whole, topology)[:, COMPUTE]
+        costs[:, COMPUTE] *= (added @ slopes.T).sum(axis=0) / analytic.sum(axis=0)
+        measured = is_measured(shards)
+        work = ShardWork.of(shards.select(measured), topology, self.batch_size)
+        costs[np.flatnonzero(measured)[:, None], COMPUTE] = (
+            network.represent(work.features) @ slopes.T
+        )
+        if self._knows_links(topology):
+            links = LinkBytes.of(shards, topology, self.batch_size)
+            costs[:, LINKS] = links.charges(self.profile.communication)
+        return costs
+
+    def estimate(self, plan: Plan) -> PlanEstimate:
+        """What the profile predicts for `plan`: each rank's kernel as one, collectives by rank."""
+        topology, ranks = plan.topology, plan.topology.world_size
+        shards, rank = shards_of(plan, table_specs(plan))
+        additive = self.stage_costs(shards, topology)
+        measured = is_measured(shards)
+        work = ShardWork.of(shards.select(measured), topology, self.batch_size)
+        fused = self.profile.compute.estimate(work, rank[measured], ranks)
+        others = sum_by(additive[~measured][:, COMPUTE], rank[~measured], ranks)
+        if self._knows_links(topology):
+            links = LinkBytes.of(shards, topology, self.batch_size)
+            links_ms = links.stage_ms(self.profile.communication, rank)
+        else:
+            links_ms = sum_by(additive[:, LINKS], rank, ranks).max(axis=0)
+        return PlanEstimate(
+            compute=Estimate(*(part + others for part in fused)),
+            links_ms=links_ms,
+            extrapolated=float(self.profile.compute.extrapolated(work).max(initial=1.0)),
+        )
+
+    def _knows_links(self, topology: Topology) -> bool:
+        return topology.num_hosts == 1 and bool(self.profile.communication)
+
+
+def is_measured(shards: ShardColumns) -> Bools:
+    """Which shards run in kernels of the kind that profiles measure."""
+    return np.asarray(
+        (shards.compute_kernel == KERNEL_CODE["fused"])
+        & shards.of_table("pooled")
+        & ~shards.of_table("weighted")
+    )

@@ -1,0 +1,1 @@
+"""Measures lookups and collectives on the hardware at hand: what the cost model is fitted to."""
