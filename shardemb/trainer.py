@@ -96,22 +96,19 @@ class Trainer:
         if last < 1:
             raise ValueError(f"{epochs} epochs and max_steps {max_steps} leave no step to train")
         self.model.train()
-        meter, progress = _Meter(self.device, self.samples), None
+        meter, progress = _Meter(self.samples), None
         first = self.step + 1
         batches = _with_position(reader, epochs)
         while self.step < last:
             batch, position = meter.wait_for(batches)
             self.rates.set(self.step + 1, last)
-            meter.add(self.train_step(batch), batch.global_rows)
+            meter.add(self.train_step(batch), batch.global_rows, position)
             self.step, self.samples = self.step + 1, meter.samples
             is_saved = checkpoints is not None and _is_due(self.step, last, checkpoint_every)
             if _is_due(self.step, last, report_every) or self.step == first or is_saved:
                 progress = meter.progress(self.step)
                 if not math.isfinite(progress.train_loss):
-                    raise UserError(
-                        f"the training loss is {progress.train_loss} at step {self.step}: lower "
-                        "the learning rates (train.table_optimizer.lr, train.dense_optimizer.lr)"
-                    )
+                    raise UserError(self._why_not_finite(meter, reader, checkpoints))
                 if report:
                     report(progress)
             if checkpoints is not None and is_saved:
@@ -122,6 +119,21 @@ class Trainer:
         if checkpoints:
             checkpoints.wait()
         return progress
+
+    def _why_not_finite(
+        self, meter: _Meter, reader: ParquetReader, checkpoints: Checkpoints | None
+    ) -> str:
+        """The first step whose loss is no number, its rows, and where to go on; a collective."""
+        before, (epoch, steps) = meter.first_not_finite()
+        if checkpoints:
+            checkpoints.wait()
+        kept = checkpoints.last_good() if checkpoints else "no checkpoint was asked for"
+        return (
+            f"the training loss is no finite number at step {self.step - before}: lower the "
+            "learning rates (train.table_optimizer.lr, train.dense_optimizer.lr), or correct the "
+            f"data, if it is their fault: {'; '.join(reader.sources(epoch, steps))}. To go on with "
+            f"checkpoint.resume: {kept}"
+        )
 
     def last_step(self, reader: ParquetReader, epochs: int, max_steps: int | None) -> int:
         """The number of the step that training ends with."""
@@ -173,8 +185,9 @@ def _is_due(step: int, last: int, every: int | None) -> bool:
 class _Meter:
     """Counts rows, loss, time and the part of it spent waiting for data."""
 
-    def __init__(self, device: torch.device, samples: int) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+    def __init__(self, samples: int) -> None:
+        self._losses: list[torch.Tensor] = []  # since the last report, of this rank
+        self._positions: list[Position] = []
         self._loss_rows = 0
         self.samples = samples
         self.start_steady_state()
@@ -188,18 +201,19 @@ class _Meter:
         self._waited += time.perf_counter() - start
         return item
 
-    def add(self, loss_sum: torch.Tensor, global_rows: int) -> None:
-        self._loss += loss_sum
+    def add(self, loss_sum: torch.Tensor, global_rows: int, position: Position) -> None:
+        self._losses.append(loss_sum)
+        self._positions.append(position)
         self._loss_rows += global_rows
         self.samples += global_rows
 
     def progress(self, step: int) -> Progress:
         """A collective: the loss is summed over ranks, and counted anew from here."""
-        loss = self._loss.clone()
+        self._reported = torch.stack(self._losses).double(), self._positions
+        loss = self._reported[0].sum()
         dist.all_reduce(loss)
         mean = loss.item() / self._loss_rows
-        self._loss.zero_()
-        self._loss_rows = 0
+        self._losses, self._positions, self._loss_rows = [], [], 0
         seconds = time.perf_counter() - self._since
         return Progress(
             step=step,
@@ -208,3 +222,11 @@ class _Meter:
             samples_per_second=(self.samples - self._rows_before) / seconds,
             data_wait_fraction=self._waited / seconds,
         )
+
+    def first_not_finite(self) -> tuple[int, Position]:
+        """Of the steps last reported, on any rank: how many steps came after, and where it is."""
+        losses, positions = self._reported
+        wrong = (~losses.isfinite()).to(torch.int32)
+        dist.all_reduce(wrong)
+        first = int(wrong.nonzero()[0])
+        return len(positions) - 1 - first, positions[first]

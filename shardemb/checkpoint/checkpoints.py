@@ -149,7 +149,8 @@ class Checkpoints:
             if problem:
                 raise UserError(
                     f"cannot write a checkpoint to {self.store.root} (rank {rank}: {problem}); "
-                    f"make room there, or name another place with checkpoint.dir; {self._last()}"
+                    "make room there, or name another place with checkpoint.dir; "
+                    f"{self.last_good()}"
                 )
         return [value for value, _ in results]
 
@@ -174,9 +175,10 @@ class Checkpoints:
             raise found[0]
         return found[0]
 
-    def _last(self) -> str:
+    def last_good(self) -> str:
+        """For a message: the newest checkpoint that can be gone on from."""
         if not self.names:
-            return "there is no earlier one"
+            return "there is no checkpoint yet"
         return f"the last good one is {self.store.path(self.names[-1])}"
 
     # --- Load

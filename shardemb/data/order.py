@@ -102,6 +102,15 @@ class Schedule:
         first, last = (int(end) for end in self._lanes[number : number + 2])
         return list(self._between(min(first + steps * int(self._shares[number]), last), last))
 
+    def parts_of_step(self, step: int) -> list[Part]:
+        """Where the rows of a step are, over all ranks."""
+        parts: list[Part] = []
+        for lane, share in enumerate(self._shares):
+            start, end = (int(place) for place in self._lanes[lane : lane + 2])
+            first = min(start + step * int(share), end)
+            parts += self._between(first, min(first + int(share), end))
+        return parts
+
     def _between(self, first: int, last: int) -> Iterator[Part]:
         if first == last:
             return

@@ -132,6 +132,19 @@ class ParquetReader:
         segments = tuple(Segment(**segment) for segment in state["segments"])
         self._resumed = state["epoch"], segments
 
+    def sources(self, epoch: int, step: int) -> list[str]:
+        """Where the rows of a batch over all ranks are, of the `step`th of `self.epoch(epoch)`."""
+        schedule, done, _ = self._stand(epoch)
+        parts = schedule.parts_of_step(done + step - 1)
+        if self.seed is not None:
+            groups = {(part.window.file, part.window.row_group) for part in parts}
+            return [f"{file}, row group {group}" for file, group in sorted(groups)]
+        firsts = [part.window.first_row + part.start for part in parts]
+        return [
+            f"{part.window.file}, rows {first} to {first + part.rows - 1}"
+            for first, part in zip(firsts, parts, strict=True)
+        ]
+
     def _fingerprint(self) -> str:
         """Of the names of the files, wherever they are, and the rows of their row groups."""
         windows = [(Path(w.file).name, w.row_group, w.rows) for w in self.windows]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,7 @@ from torchrec.modules.embedding_configs import DataType
 
 from planner import Plan, PlannerError, ShardingRule, UserError, plan_by_rule
 from planner.geometry import SHARDING_TYPES
+from shardemb.checkpoint.checkpoints import Checkpoints
 from shardemb.config import DenseOptimizerConfig, ScheduleConfig, TableOptimizerConfig
 from shardemb.data.batch import Batch
 from shardemb.data.parquet import ParquetReader
@@ -113,6 +116,57 @@ def test_a_loss_that_is_no_number_stops_all_ranks(pool: WorkerPool, folder: Path
     assert "at step" in first
     assert "train.table_optimizer.lr" in first
     assert all(other == first for other in others)
+
+
+class Poisoned(Clicks):
+    """No number for the batch that has the id 49."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        bad = (batch.sparse.values() == 49).any()
+        return super().forward(batch) * torch.where(bad, torch.nan, 1.0)
+
+
+def poison(folder: Path, checkpoints: Path, shuffle: bool) -> tuple[str, int]:
+    """What training says of it, and the step of the batch that has the id."""
+    model = Poisoned()
+    sharded = shard_model(
+        model, plan_for(model, "row_wise", "sgd"), TableOptimizerConfig(name="sgd")
+    )
+    trainer = Trainer(sharded, DenseOptimizerConfig(name="sgd"))
+    schema = BatchSchema.for_tables(trainer.model.table_specs)
+    options: dict[str, Any] = {"shuffle": shuffle, "seed": 1}
+    size = BATCH_SIZE * dist.get_world_size()
+    whole = ParquetReader(folder, schema, batch_size=size, rank=0, world_size=1, **options)
+    steps = [bool((batch.sparse.values() == 49).any()) for batch in whole.epoch()]
+    reader = ParquetReader(folder, schema, batch_size=BATCH_SIZE, **options)
+    with pytest.raises(UserError) as caught:
+        trainer.train(reader, checkpoints=Checkpoints(checkpoints), checkpoint_every=2)
+    return str(caught.value), steps.index(True) + 1
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_loss_that_is_no_number_names_its_rows(
+    pool: WorkerPool, tmp_path: Path, shuffle: bool
+) -> None:
+    """The step, though reports are rare; the files and rows of its batch, or their row groups;
+    the last checkpoint from before it."""
+    ids = np.random.default_rng(0).integers(0, 49, ROWS)
+    ids[633] = 49
+    rows = pa.table({"label": np.zeros(ROWS, np.int8), "t": ids})
+    (tmp_path / "data").mkdir()
+    pq.write_table(rows, tmp_path / "data" / "rows.parquet", row_group_size=20)
+    for message, step in pool.run(poison, tmp_path / "data", tmp_path / "kept", shuffle):
+        assert f"no finite number at step {step}:" in message
+        if shuffle:
+            assert "rows.parquet, row group 31" in message  # of rows 620 to 639
+        else:
+            ranges = re.findall(r"rows\.parquet, rows (\d+) to (\d+)", message)
+            assert any(int(first) <= 633 <= int(last) for first, last in ranges)
+            size = BATCH_SIZE * pool.world_size
+            assert sum(int(last) - int(first) + 1 for first, last in ranges) <= size
+        before = (step - 1) // 2 * 2
+        name = f"step-{before:08d}" if before else "there is no checkpoint yet"
+        assert name in message
 
 
 def weights_after_training(folder: Path, sharding_type: str) -> bool:

@@ -63,6 +63,10 @@ def test_lanes_hold_every_row_once(
     assert len(left) == sum(schedule.rows_of_step(s) for s in range(step, schedule.steps))
     assert len(set(left)) == len(left)
 
+    before = [rows_of(schedule.parts_of_step(s)) for s in range(step)]
+    assert [len(rows) for rows in before] == [schedule.rows_of_step(s) for s in range(step)]
+    assert sorted([row for rows in before for row in rows] + left) == everything
+
 
 def test_lanes_depend_on_the_data_and_global_batch_alone() -> None:
     """Up to LANES ranks share them; there are never more than row groups or rows of a step."""
