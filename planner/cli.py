@@ -86,7 +86,8 @@ Cost = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="analytic (default), torchrec: its estimate, or the file that `profile` wrote",
+        help="analytic (default), torchrec: its estimate, the file that `profile` wrote, or a "
+        "machine measured for shardemb: cpu-2core",
     ),
 ]
 Objective = Annotated[
@@ -359,9 +360,10 @@ def _reported(as_json: bool) -> Iterator[None]:
 
 def _remark(plan: Plan) -> None:
     """What a profile says of the plan that it was made with, on stderr."""
-    from planner.request import PROFILE, learned_cost
+    from planner.cost.shipped import profile_path
+    from planner.request import learned_cost
 
-    if plan.cost_model and plan.batch_size and plan.cost_model.endswith(PROFILE):
+    if plan.cost_model and plan.batch_size and profile_path(plan.cost_model):
         from planner.learned_plan import remarks
 
         for line in remarks(plan, learned_cost(plan.cost_model, plan.batch_size)):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from planner.constraints import TableConstraint
+from planner.cost.shipped import profile_path, shipped
 from planner.cost.stages import CostModel
 from planner.data_stats import with_statistics
 from planner.errors import RequestError
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from planner.cost.learned import LearnedCost
 
 COST_MODELS = ("analytic", "torchrec")
-PROFILE = ".json"  # what the names of profiles end in, which are cost models too
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 AUTO = "auto"
 MOST_ROWS = 10**9  # on one rank: a typing mistake otherwise
@@ -165,9 +165,9 @@ def _listed_batch_size(tables: TableList, ranks: int) -> int:
 
 def cost_model(name: str, batch_size: int, option: str = "--cost") -> CostModel:
     """The model of that name, or of that profile, imported when it is asked for."""
-    if name.endswith(PROFILE):
+    if profile_path(name):
         return learned_cost(name, batch_size)
-    if choose(option, name, (*COST_MODELS, "the name of a profile (.json)")) == "torchrec":
+    if choose(option, name, (*COST_MODELS, *shipped(), "a profile (FILE.json)")) == "torchrec":
         from planner.cost.torchrec_estimate import TorchRecEstimate
 
         return TorchRecEstimate(batch_size)
@@ -178,7 +178,7 @@ def cost_model(name: str, batch_size: int, option: str = "--cost") -> CostModel:
 
 def planner_for(model: CostModel) -> Callable[..., Plan]:
     """`make_plan`, or what a profile needs, with the same arguments."""
-    if model.name.endswith(PROFILE):
+    if profile_path(model.name):
         from planner.learned_plan import make_learned_plan
 
         return make_learned_plan
@@ -187,12 +187,14 @@ def planner_for(model: CostModel) -> Callable[..., Plan]:
     return make_plan
 
 
-def learned_cost(path: str, batch_size: int) -> LearnedCost:
-    """The cost model of the profile in that file."""
+def learned_cost(name: str, batch_size: int) -> LearnedCost:
+    """The cost model of a profile: of a shipped one, or of that file."""
     from planner.cost.learned import LearnedCost
     from planner.cost.profile import Profile
 
-    return LearnedCost(Profile.load(Path(path)), batch_size, path)
+    path = profile_path(name)
+    assert path is not None, name
+    return LearnedCost(Profile.load(path), batch_size, name)
 
 
 def choose(option: str, given: str, choices: Iterable[Any]) -> Any:

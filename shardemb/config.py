@@ -20,9 +20,10 @@ from pydantic import (
 
 from planner import RequestError, ShardingRule, TableSpec
 from planner.constraints import TableConstraint
+from planner.cost.shipped import profile_path, shipped
 from planner.geometry import ShardingType
 from planner.plan import Objective
-from planner.request import COST_MODELS, PROFILE
+from planner.request import COST_MODELS
 from planner.strict_yaml import read_yaml
 from planner.tables import DataType, TableOptimizerName
 from planner.validation import explain, nearest
@@ -191,7 +192,8 @@ class ShardingConfig(_Section):
     )
     cost: str = Field(
         default="analytic",
-        description="analytic, torchrec, or the profile.json that `shardemb profile` wrote",
+        description="analytic, torchrec, the profile.json that `shardemb profile` wrote, or a "
+        "machine measured for shardemb: cpu-2core",
     )
     objective: Objective = "stages"
     plan: Path | None = Field(default=None, description="a plan.json to use instead of all this")
@@ -199,8 +201,8 @@ class ShardingConfig(_Section):
     @field_validator("cost")
     @classmethod
     def _is_known(cls, cost: str) -> str:
-        if cost not in COST_MODELS and not cost.endswith(PROFILE):
-            known = (*COST_MODELS, "the name of a profile (.json)")
+        if cost not in COST_MODELS and not profile_path(cost):
+            known = (*COST_MODELS, *shipped(), "a profile (FILE.json)")
             raise ValueError(f"{cost} is no cost model{nearest(cost, known)}")
         return cost
 

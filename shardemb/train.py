@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from planner import RequestError
+from planner import RequestError, UserError
 from shardemb.config import RunConfig, load_config
 from shardemb.failure import has_launcher, report_failures
 from shardemb.quiet import silence_libraries
@@ -109,7 +109,11 @@ def _resume(
     if wanted == "latest" and not names:
         return False
     manifest = checkpoints.load(trainer, None if wanted == "latest" else wanted)
-    assert manifest.loader is not None
+    if manifest.loader is None:
+        raise UserError(
+            f"the checkpoint of step {manifest.step} in {config.checkpoint_dir} was saved without "
+            "the reader's state: a run cannot go on there"
+        )
     reader.resume(manifest.loader)
     return True
 

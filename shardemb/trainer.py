@@ -112,7 +112,8 @@ class Trainer:
                 if report:
                     report(progress)
             if checkpoints is not None and is_saved:
-                checkpoints.save(self, reader.state(*position))
+                state = reader.state(*position)
+                checkpoints.save(self, state, trains_on=self.step < last)
             if self.step == first + WARMUP_STEPS - 1:
                 meter.start_steady_state()
         batches.close()

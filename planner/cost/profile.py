@@ -21,6 +21,7 @@ from planner.validation import explain
 
 VERSION: Literal[1] = 1
 COVERAGE = 0.9  # of the intervals
+ROUNDING = 1e-4  # of the measured range, in its logarithms: a file has seven digits
 
 
 class Estimate(NamedTuple):
@@ -61,7 +62,7 @@ class ComputeTimes(Part):
         """[shards]: how many times beyond the measured range a shard is, in its worst feature; 1
         where it is within."""
         features = work.features
-        beyond = np.maximum(self.lowest - features, features - self.highest)
+        beyond = np.maximum(self.lowest - features, features - self.highest) - ROUNDING
         return np.asarray(np.exp(np.maximum(beyond, 0).max(axis=1, initial=0.0)))
 
 

@@ -73,9 +73,16 @@ class Checkpoints:
         if self._stage:
             self._stage.hold(Snapshot.of(trainer, None).tensors)
 
-    def save(self, trainer: Trainer, loader: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        trainer: Trainer,
+        loader: dict[str, Any] | None = None,
+        *,
+        trains_on: bool = True,
+    ) -> None:
         """Begin to save what `trainer` is after its last step, and `loader`, the reader's state.
 
+        Without more training (`trains_on`) it is not copied: that would take memory for nothing.
         Waits for the checkpoint before, and raises what went wrong with it: UserError.
         """
         self.wait()
@@ -84,7 +91,7 @@ class Checkpoints:
         snapshot = Snapshot.of(trainer, loader)
         if snapshot.name in (self.names or []):
             return
-        if self._stage is None:
+        if self._stage is None or not trains_on:
             self._write(snapshot)
         else:
             copied = self._stage.copy_of(snapshot)

@@ -316,3 +316,24 @@ def threads_after(folder: Path) -> list[int]:
 def test_checkpoints_take_threads_once(pool: WorkerPool, tmp_path: Path) -> None:
     for counts in pool.run(threads_after, tmp_path):
         assert counts[-1] == counts[0]
+
+
+def copies_taken(data: Path, folder: Path) -> tuple[int, int]:
+    """Tensors of the copy after a run with one checkpoint, at its end, and with one before."""
+    trainer, counts = make_trainer("row_wise"), []
+    for every in (None, 2):
+        checkpoints = Checkpoints(folder / str(every))
+        trainer.train(
+            make_reader(data, trainer), max_steps=trainer.step + 3, checkpoints=checkpoints,
+            checkpoint_every=every,
+        )  # fmt: skip
+        assert checkpoints._stage is not None
+        counts.append(len(checkpoints._stage._buffers))
+    return counts[0], counts[1]
+
+
+def test_the_last_checkpoint_takes_no_copy(pool: WorkerPool, data: Path, tmp_path: Path) -> None:
+    """After it nothing trains, so that a copy would be memory for nothing."""
+    for at_the_end, before in pool.run(copies_taken, data, tmp_path):
+        assert at_the_end == 0
+        assert before > 0

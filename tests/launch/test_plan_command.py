@@ -130,7 +130,7 @@ MISTAKES = {
     "unknown key": (["run.yaml", "trian.epochs=1"], "trian: unknown key"),
     "unknown cost": (
         ["run.yaml", "--cost", "x"],
-        "--cost 'x': choose analytic, torchrec or the name of a profile",
+        "--cost 'x': choose analytic, torchrec, cpu-2core or a profile",
     ),
     "unknown topology": (["run.yaml", "--topology", "2x"], "write HOSTSxDEVICESxKIND"),
     "baseline": (["run.yaml", "--search", "random"], "choose auto"),

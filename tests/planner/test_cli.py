@@ -166,7 +166,7 @@ MISTAKES = {
     ),
     "unknown cost model": (
         ["tables.json", *ON_FOUR, "--cost", "mine"],
-        "--cost 'mine': choose analytic, torchrec or the name of a profile (.json)",
+        "--cost 'mine': choose analytic, torchrec, cpu-2core or a profile (FILE.json)",
     ),
     "unknown search": (
         ["tables.json", *ON_FOUR, "--search", "best"],

@@ -9,18 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner import Plan, RequestError, Topology
+from planner import Plan, RequestError, ShardingRule, TableSpec, Topology, plan_by_rule
 from planner.cost import fit
 from planner.cost.calibrate import fit_profile
 from planner.cost.features import ShardWork, whole_tables
 from planner.cost.learned import LearnedCost
 from planner.cost.profile import Profile
+from planner.cost.shipped import shipped
 from planner.cost.stages import COMPUTE
 from planner.hardware import preset
 from planner.learned_plan import make_learned_plan, remarks
 from planner.make_plan import make_plan
+from planner.request import learned_cost
 from planner.search.baselines import BASELINES, plan_by_baseline
 from planner.shards import TableColumns
+from planner.topology import parse_topology
 
 from .commands import MALFORMED, Bench
 from .measured import draw_tables, measurements
@@ -178,3 +181,20 @@ def test_plan_takes_a_profile(profile: Profile, bench: Bench) -> None:
     ended = bench.plan("tables.json", "--topology", "1x2xcpu", "--cost", "absent.json")
     assert ended.code == MALFORMED and "absent.json" in ended.err
     assert "profile" in bench.plan("tables.json", *on_cpus[:2], "--cost", "best").err
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_profiles_plan(name: str) -> None:
+    """Each loads, says when and where it was measured, and gives more to a device with more."""
+    model = learned_cost(name, batch_size=512)
+    assert model.profile.environment.date
+    assert model.profile.compute.measured > 500
+    table = TableSpec(name="t", num_embeddings=100_000, embedding_dim=32, pooling_factor=5)
+    topology = parse_topology("1x2xcpu")
+    rule = ShardingRule(sharding_type="table_wise")
+    one = model.estimate(plan_by_rule([table], topology, rule))
+    both = [table, table.model_copy(update={"name": "u"})]
+    same = ShardingRule(sharding_type="table_wise", ranks=(0,))
+    two = model.estimate(plan_by_rule(both, topology, same))
+    assert 0 < one.step_ms < two.step_ms
+    assert one.extrapolated == 1
