@@ -363,7 +363,8 @@ def _remark(plan: Plan) -> None:
     from planner.cost.shipped import profile_path
     from planner.request import learned_cost
 
-    if plan.cost_model and plan.batch_size and profile_path(plan.cost_model):
+    profile = profile_path(plan.cost_model or "")
+    if profile and profile.exists() and plan.cost_model and plan.batch_size:
         from planner.learned_plan import remarks
 
         for line in remarks(plan, learned_cost(plan.cost_model, plan.batch_size)):

@@ -56,11 +56,9 @@ class Trainer:
         self.device = model.device
         self.step, self.samples = 0, 0  # trained so far; samples are rows over all ranks
         self.world_size = dist.get_world_size()
+        self.dense_optimizer = dense_optimizer or DenseOptimizerConfig()
         self.optimizer = make_optimizer(
-            model,
-            model.planner_plan,
-            dense_optimizer or DenseOptimizerConfig(),
-            model.table_optimizer,
+            model, model.planner_plan, self.dense_optimizer, model.table_optimizer
         )
         self.rates = LearningRates(model, self.optimizer, schedule or ScheduleConfig())
 
@@ -88,9 +86,9 @@ class Trainer:
         """Train for `epochs` in all, or up to step `max_steps` if that is less.
 
         A trainer and a reader that go on from a checkpoint train what is left; None where that is
-        nothing. `report` is called after the first step, every so many and the last. `checkpoints`
-        gets one every so many steps and after the last. UserError when the loss is no finite
-        number any more.
+        nothing. `checkpoints` gets one every so many steps and after the last. `report` is called
+        after the first step, every so many, the last and before each checkpoint. UserError when the
+        loss is no finite number any more.
         """
         last = self.last_step(reader, epochs, max_steps)
         if last < 1:

@@ -22,7 +22,13 @@ from shardemb.checkpoint.match import check_matches
 from shardemb.checkpoint.piece import WEIGHT
 from shardemb.checkpoint.reshard import SavedTables
 from shardemb.checkpoint.snapshot import RankFile, Snapshot, Stage
-from shardemb.checkpoint.state import set_dense, set_random, set_table_steps, table_pieces
+from shardemb.checkpoint.state import (
+    set_dense,
+    set_dense_states,
+    set_random,
+    set_table_steps,
+    table_pieces,
+)
 from shardemb.checkpoint.store import Store
 
 if TYPE_CHECKING:
@@ -214,10 +220,9 @@ class Checkpoints:
                     key: files[entry.file].tensor(entry, key)
                     for key, entry in manifest.tensors.items()
                 }
-            if weights_only:
-                tensors = {k: v for k, v in tensors.items() if k.startswith("model/")}
-            set_dense(trainer.model, trainer.optimizer, tensors)
+            set_dense(trainer.model, tensors)
             if not weights_only:
+                set_dense_states(trainer.optimizer, tensors)
                 set_random(trainer.device, tensors)
                 set_table_steps(trainer.model, trainer.optimizer, manifest.step)
                 trainer.step, trainer.samples = manifest.step, manifest.samples

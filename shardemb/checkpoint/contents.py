@@ -155,7 +155,7 @@ def health(found: Found, table: str) -> dict[str, Any]:
         finite = norms.isfinite()
         rows, broken = rows + len(norms), broken + int((~finite).sum())
         squares += float(norms[finite].square().sum())
-        largest = max([largest, *norms[finite].tolist()])
+        largest = max(largest, float(norms.where(finite, 0).max()))
     states = {piece.state for piece in found.manifest.pieces if piece.table == table} - {WEIGHT}
     untouched = None
     if states:

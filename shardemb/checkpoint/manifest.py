@@ -66,6 +66,7 @@ class Manifest(_Entry):
     plan: dict[str, Any]  # that it was trained by
     loader: dict[str, Any] | None  # ParquetReader.state
     tables: dict[str, TableEntry]
+    dense_optimizer: str  # of all other parameters
     pieces: list[PieceEntry]
     tensors: dict[str, TensorEntry]  # all else: model/..., optimizer/..., random/RANK/...
     files: dict[str, FileEntry]

@@ -18,6 +18,12 @@ def check_matches(manifest: Manifest, trainer: Trainer, path: str, *, weights_on
         *_tables(manifest, {spec.name: spec for spec in trainer.model.table_specs}, weights_only),
         *_dense(manifest, trainer),
     ]
+    here = trainer.dense_optimizer.name
+    if manifest.dense_optimizer != here and not weights_only:
+        lines.append(
+            f"dense parameters: trained with {manifest.dense_optimizer}, and with {here} here "
+            "(train.dense_optimizer.name)"
+        )
     if lines:
         listed = "\n".join(f"  {line}" for line in lines)
         raise UserError(f"the checkpoint {path} is not of this model:\n{listed}")

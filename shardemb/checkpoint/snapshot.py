@@ -50,6 +50,7 @@ class Snapshot:
     plan: Plan
     specs: tuple[TableSpec, ...]
     parameters: dict[str, str]  # table -> its name in the state_dict
+    dense_optimizer: str
     loader: dict[str, Any] | None
     pieces: dict[str, Piece]
     tensors: dict[str, torch.Tensor]
@@ -72,6 +73,7 @@ class Snapshot:
             plan=trainer.model.planner_plan,
             specs=trainer.model.table_specs,
             parameters=parameter_names(trainer.model),
+            dense_optimizer=trainer.dense_optimizer.name,
             loader=loader,
             pieces=pieces,
             tensors={key: piece.tensor for key, piece in pieces.items()} | others,
@@ -117,6 +119,7 @@ class Snapshot:
                 )
                 for spec in self.specs
             },
+            dense_optimizer=self.dense_optimizer,
             pieces=[piece for file in files for piece in file.pieces],
             tensors={key: entry for file in files for key, entry in file.tensors.items()},
             files={file.name: file.entry for file in files},
@@ -134,7 +137,7 @@ class Stage:
         for key, tensor in tensors.items():
             held = self._buffers.get(key)
             if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-                self._buffers[key] = torch.zeros(
+                self._buffers[key] = torch.empty(
                     tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
                 ).fill_(0)
         for key in self._buffers.keys() - tensors.keys():

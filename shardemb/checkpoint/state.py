@@ -136,12 +136,14 @@ def _dense_parameters(model: ShardedModel) -> Iterator[tuple[str, torch.Tensor]]
 
 
 @torch.no_grad()
-def set_dense(
-    model: ShardedModel, optimizer: CombinedOptimizer, tensors: dict[str, torch.Tensor]
-) -> None:
-    """Take over what `dense_tensors` gave; names and shapes are the model's."""
+def set_dense(model: ShardedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Take over the parameters that `dense_tensors` gave; names and shapes are the model's."""
     for name, value in _dense_parameters(model):
         value.copy_(tensors[f"model/{name}"])
+
+
+def set_dense_states(optimizer: CombinedOptimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Take over the optimizer's states that `dense_tensors` gave, of the same optimizer."""
     for part in _parts_named("dense", optimizer):
         for name, parameter in part.params.items():
             prefix = f"optimizer/{name}/"

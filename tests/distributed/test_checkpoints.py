@@ -69,7 +69,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_trainer(
     sharding_type: str, dropout: float = 0.0, rows: dict[str, int] | None = None,
-    optimizer: str = "adagrad",
+    optimizer: str = "adagrad", dense: str = "adam",
 ) -> Trainer:  # fmt: skip
     torch.manual_seed(3)
     model = Clicks(rows or TABLES, dropout)
@@ -77,7 +77,7 @@ def make_trainer(
     plan = plan_by_rule(specs, current_topology(), ShardingRule(sharding_type=sharding_type))
     tables = TableOptimizerConfig(name=optimizer, lr=0.1)
     sharded = shard_model(model, plan, tables, deterministic=True)
-    return Trainer(sharded, DenseOptimizerConfig(name="adam", lr=0.05))
+    return Trainer(sharded, DenseOptimizerConfig(name=dense, lr=0.05))
 
 
 def make_reader(data: Path, trainer: Trainer) -> ParquetReader:
@@ -191,7 +191,7 @@ def test_other_ranks_and_plans_go_on_with_the_same_losses(
 
 
 def refusal(folder: Path, rows: dict[str, int], optimizer: str, name: str | None) -> str:
-    trainer = make_trainer("table_wise", rows=rows, optimizer=optimizer)
+    trainer = make_trainer("table_wise", rows=rows, optimizer=optimizer, dense="adagrad")
     before = weights_of(trainer)
     with pytest.raises(UserError) as caught:
         Checkpoints(folder).load(trainer, name)
@@ -208,6 +208,7 @@ def test_a_checkpoint_of_another_model(pool: WorkerPool, data: Path, tmp_path: P
         assert "table t: 50 rows of 8 in the checkpoint, 51 rows of 8 here" in message
         assert "table t: trained with adagrad, and with sgd here" in message
         assert "table u: in the checkpoint, not in the model" in message
+        assert "dense parameters: trained with adam, and with adagrad here" in message
         assert "table v: not in the checkpoint" in message
         assert "over.weight: shape [1, 16] in the checkpoint, shape [1, 24] here" in message
 
@@ -337,3 +338,21 @@ def test_the_last_checkpoint_takes_no_copy(pool: WorkerPool, data: Path, tmp_pat
     for at_the_end, before in pool.run(copies_taken, data, tmp_path):
         assert at_the_end == 0
         assert before > 0
+
+
+def trains_on_from_weights(data: Path, folder: Path) -> tuple[int, bool]:
+    """The step after loading weights alone and training one step, and whether it moved them."""
+    trainer = make_trainer("row_wise", dense="adagrad")
+    Checkpoints(folder).load(trainer, weights_only=True)
+    before = weights_of(trainer)
+    trainer.train(make_reader(data, trainer), max_steps=1)
+    after = weights_of(trainer)
+    return trainer.step, not torch.equal(before["over.weight/0"], after["over.weight/0"])
+
+
+def test_weights_alone_leave_the_optimizers_as_they_are(
+    pool: WorkerPool, data: Path, tmp_path: Path
+) -> None:
+    """So that training begins anew from them, with any optimizer, at step one."""
+    pool.run(run_with, data, tmp_path, "table_wise", {"until": 2})
+    assert set(pool.run(trains_on_from_weights, data, tmp_path)) == {(1, True)}

@@ -108,7 +108,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def manifest(**fields: object) -> Manifest:
     values = {
         "created": "2026-01-01T00:00:00+00:00", "step": 3, "samples": 12, "world_size": 2,
-        "plan": {}, "loader": None, "tables": {}, "pieces": [], "tensors": {}, "files": {},
+        "plan": {}, "loader": None, "tables": {}, "dense_optimizer": "adam", "pieces": [],
+        "tensors": {}, "files": {},
     }  # fmt: skip
     return Manifest.model_validate({**values, **fields})
 

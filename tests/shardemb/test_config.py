@@ -218,6 +218,19 @@ def test_malformed_overrides(path: Path, override: str, message: str):
             "",
             "unknown key; known are betas, eps, lr, name, weight_decay",
         ),
+        (
+            "train.table_optimizer={name: sgd, weight_decay: 0.1}",
+            "",
+            "weight_decay: sgd has none; choose adam or partial_rowwise_adam, or leave it out "
+            "(found {'name': 'sgd', 'weight_decay': 0.1})",
+        ),
+        ("train.table_optimizer.betas=[0.9, 1]", ".1", "Input should be less than 1 (found 1)"),
+        (
+            "sharding.cost=analytical",
+            "",
+            "analytical is no cost model; did you mean analytic? (found 'analytical')",
+        ),
+        ("checkpoint.every_steps=0", "", "Input should be greater than 0 (found 0)"),
         ("tables.C9={embedding_dim: 8}", ".num_embeddings", "required, but not given"),
         ("train.batch_size=0", "", "Input should be greater than 0 (found 0)"),
         ("train.batch_size=", "", "Input should be a valid integer (found None)"),
