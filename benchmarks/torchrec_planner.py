@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
@@ -36,8 +37,8 @@ SEARCH_SECONDS = 300  # its own limit, after which it takes the best plan so far
 
 def main(file: str, shape: str, batch_size: str, variant: str, out: str) -> None:
     tables = load_table_list(file).tables
-    collection = EmbeddingBagCollection([_config(table) for table in tables], device="meta")
-    planner = _planner(tables, shape, int(batch_size), variant)
+    hosts, devices = map(int, shape.split("x"))
+    collection, planner = problem(tables, hosts, devices, int(batch_size), variant)
     began = time.perf_counter()
     try:
         plan = planner.plan(collection, [EmbeddingBagCollectionSharder()])
@@ -58,23 +59,29 @@ def _max_total_ms(planner: EmbeddingShardingPlanner) -> float:
     return max(totals.values())
 
 
-def _planner(
-    tables: tuple[TableSpec, ...], shape: str, batch_size: int, variant: str
-) -> EmbeddingShardingPlanner:
-    """`default` tries the proposals of all its proposers, and places tables by storage.
+def problem(
+    tables: Sequence[TableSpec],
+    hosts: int,
+    devices: int,
+    batch_size: int,
+    variant: str = "default",
+    compute_device: str = "cuda",
+) -> tuple[EmbeddingBagCollection, EmbeddingShardingPlanner]:
+    """What TorchRec's planner plans for, and the planner.
 
-    `tuned` proposes by the sum of a table's costs alone and places by cost.
+    `default` tries the proposals of all its proposers, and places tables by storage; `tuned`
+    proposes by the sum of a table's costs alone and places by cost.
     """
-    hosts, devices = map(int, shape.split("x"))
     tuned = {
         "proposer": GreedyProposer(use_depth=False),
         "partitioner": GreedyPerfPartitioner(sort_by=SortBy.PERF),
     }
-    return EmbeddingShardingPlanner(
+    collection = EmbeddingBagCollection([_config(table) for table in tables], device="meta")
+    planner = EmbeddingShardingPlanner(
         topology=Topology(
             world_size=hosts * devices,
             local_world_size=devices,
-            compute_device="cuda",
+            compute_device=compute_device,
             hbm_cap=DEVICE_MEMORY_BYTES,
         ),
         batch_size=batch_size,
@@ -84,6 +91,7 @@ def _planner(
         timeout_seconds=SEARCH_SECONDS,
         **(tuned if variant == "tuned" else {}),
     )
+    return collection, planner
 
 
 def _config(table: TableSpec) -> EmbeddingBagConfig:

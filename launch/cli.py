@@ -12,7 +12,7 @@ from launch.checkpoint import checkpoint_app
 from launch.data import ConfigPath, Json, Overrides, data_app
 from launch.data_stats import stats
 from launch.plan import SOURCES
-from launch.profile import profile
+from launch.profile import profile_app
 from planner import Topology
 from planner.cli import plan_app, run, stderr
 
@@ -26,7 +26,7 @@ data_app.command()(stats)
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(plan_app, name="plan", context_settings={"obj": SOURCES})
-app.command()(profile)
+app.add_typer(profile_app, name="profile")
 
 OptionalConfigPath = Annotated[
     Path | None, typer.Argument(metavar="CONFIG", help="a run config (YAML)")

@@ -26,6 +26,7 @@ from planner.table_list import TableList
 from planner.topology import parse_topology
 
 if TYPE_CHECKING:
+    from planner.comparison import Comparison
     from shardemb.config import RunConfig
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -109,7 +110,7 @@ def _topology(config: RunConfig, request: PlanRequest) -> Topology:
         return parse_topology(request.topology)
     from shardemb.planning import run_hardware
 
-    wants_costs = any((request.cost, request.objective, request.batch_size))
+    wants_costs = any((request.cost, request.objective, request.batch_size, request.verify))
     hardware = run_hardware(config) if wants_costs else None
     nproc = config.launch.nproc_per_node
     return Topology(world_size=nproc, local_world_size=nproc, hardware=hardware)
@@ -124,4 +125,10 @@ def _with_costs(plan: Plan, config: RunConfig) -> Plan:
     return predict(plan, cost_model(sharding.cost, batch_size), batch_size, sharding.objective)
 
 
-SOURCES = Sources(read_file, plan_file)
+def _verify(plan: Plan) -> Comparison:
+    from launch.verify import verify
+
+    return verify(plan)
+
+
+SOURCES = Sources(read_file, plan_file, _verify)

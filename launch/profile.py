@@ -11,36 +11,43 @@ from typing import Annotated, Any
 import typer
 
 from launch.data import Json
-from planner.cli import stderr, stdout
+from planner.cli import DEFAULT, DefaultGroup, stderr, stdout
 
-DEVICE_SHARE = 0.75  # of the time; the rest is for collectives
+# Of the time. Plans: TorchRec's part of a step, around kernels and collectives.
+SHARES = {"device": 0.6, "collectives": 0.12, "plans": 0.28}
 CPU_RANKS = 2
 
 
-def profile(
+profile_app = typer.Typer(
+    cls=DefaultGroup, help="Measure lookups and exchanges here, for `plan --cost profile.json`."
+)
+Out = Annotated[
+    Path, typer.Option(metavar="DIR", help="measurements and profile.json; it may have some")
+]
+Seed = Annotated[int, typer.Option(help="of the work that is drawn, and of the fit", min=0)]
+
+
+@profile_app.command(DEFAULT)
+def make(
     minutes: Annotated[
         float, typer.Option(metavar="M", help="measure for so long, then fit", min=0)
     ] = 5.0,
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="measurements and profile.json; it may have some")
-    ] = Path("profile"),
+    out: Out = Path("profile"),
     nproc: Annotated[
         int | None,
         typer.Option(
-            help="ranks of the collectives, 1: measure none; default: the GPUs, or 2 on a CPU",
+            help="ranks of collectives and plans, 1: none; default: the GPUs, or 2 on a CPU",
             min=1,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the work that is drawn, and of the fit", min=0)] = 0,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure lookups and collectives here, and fit the cost model that `plan --cost` takes.
+    """Measure lookups, collectives and plans here, and fit the cost model that `plan --cost` takes.
 
     Measurements of an earlier run in DIR are kept, and counted: --minutes 0 fits them anew.
     """
     from planner import RequestError
-    from planner.cost.calibrate import fit_profile
-    from shardemb.profiler.samples import read_measurements
 
     if not math.isfinite(minutes):
         raise RequestError(f"--minutes {minutes}: give a number of minutes")
@@ -50,6 +57,33 @@ def profile(
         raise RequestError(f"--out {out}: {error.strerror}") from error
     if minutes:
         measure(out, minutes * 60, _ranks(nproc), seed)
+    _fit(out, seed, as_json)
+
+
+@profile_app.command()
+def update(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="run directories of training runs here")
+    ],
+    out: Out = Path("profile"),
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Add what the plans of training runs took to the measurements in DIR, and fit all anew.
+
+    Each run counts as one plan, so that the fit follows where it predicted several of them wrongly.
+    """
+    from shardemb.profiler.runs import add_runs
+
+    added = add_runs(out, runs)
+    stderr.print(f"{added} of {len(runs)} runs added to {out}", highlight=False)
+    _fit(out, seed, as_json)
+
+
+def _fit(out: Path, seed: int, as_json: bool) -> None:
+    from planner.cost.calibrate import fit_profile
+    from shardemb.profiler.samples import read_measurements
+
     with stderr.status("fitting"):
         fitted = fit_profile(read_measurements(out), seed)
     path = out / "profile.json"
@@ -74,19 +108,19 @@ def _ranks(given: int | None) -> int:
 
 
 def measure(out: Path, seconds: float, nproc: int, seed: int) -> None:
-    """Measure one device, then collectives over `nproc` ranks, each in processes of its own.
+    """Measure one device, then collectives and whole plans over `nproc` ranks, each in processes
+    of its own.
 
     A kernel has as many threads as it has where `nproc` ranks train on this machine.
     """
     from launch.local import run_workers
 
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
-    worker = ["-m", "shardemb.profiler.worker", str(out)]
-    runs = [(1, DEVICE_SHARE), (nproc, 1 - DEVICE_SHARE)] if nproc > 1 else [(1, 1.0)]
-    for ranks, share in runs:
-        what = "kernels" if ranks == 1 else f"collectives of {ranks} ranks"
-        stderr.print(f"measuring {what} for {share * seconds:.0f} s", highlight=False)
-        run_workers([*worker, str(share * seconds), str(seed), str(threads)], ranks)
+    for what, share in SHARES.items() if nproc > 1 else [("device", 1.0)]:
+        ranks, name = (1, "kernels") if what == "device" else (nproc, f"{what} of {nproc} ranks")
+        stderr.print(f"measuring {name} for {share * seconds:.0f} s", highlight=False)
+        arguments = [what, str(out), str(share * seconds), str(seed), str(threads)]
+        run_workers(["-m", "shardemb.profiler.worker", *arguments], ranks)
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from planner.errors import PlannerError, UserError
 
 if TYPE_CHECKING:
+    from planner.comparison import Comparison
     from planner.plan import Plan
     from planner.request import Sources
 
@@ -28,20 +29,21 @@ DEFAULT = "make"
 WIDTH = 100  # of the reports, at most
 
 
-class PlanGroup(TyperGroup):
-    """Takes a first argument that names no verb for the file to plan for: `plan FILE` is
+class DefaultGroup(TyperGroup):
+    """Gives what does not begin with a verb to the verb that is named `make`: `plan FILE` is
     `plan make FILE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
+        is_verb = bool(args) and (args[0] in self.commands or args[0] == "--help")
+        if not is_verb and (args or not self.no_args_is_help):
             args = [DEFAULT, *args]
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """What `plan FILE` takes, and below it the verbs."""
+        """What the default verb takes, and below it the others."""
         shown = copy(self)
         shown.params, shown.subcommand_metavar = self.commands[DEFAULT].params, ""
-        super(PlanGroup, shown).format_help(ctx, formatter)
+        super(DefaultGroup, shown).format_help(ctx, formatter)
 
 
 app = typer.Typer(
@@ -51,7 +53,7 @@ app = typer.Typer(
     help="Decide how embedding tables are sharded.",
 )
 plan_app = typer.Typer(
-    cls=PlanGroup,
+    cls=DefaultGroup,
     no_args_is_help=True,
     help="Decide where each table of FILE goes. A file named like a verb is given as ./NAME.",
 )
@@ -140,14 +142,21 @@ def make(
     data_stats: DataStats = None,
     out: OutPlan = None,
     html: Html = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="run the plan on this machine, with random ids")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Decide where each table of FILE goes; `make` may be left out."""
+    from planner.errors import RequestError
     from planner.files import check_folder
     from planner.request import PlanRequest
 
     check_folder("--out", out)
     check_folder("--html", html)
+    run_plan = _sources(ctx).verify
+    if verify and run_plan is None:
+        raise RequestError("--verify: the planner runs no plans; use `shardemb plan --verify`")
     request = PlanRequest(
         topology=topology,
         batch_size=batch_size,
@@ -159,13 +168,18 @@ def make(
         constraints=constraints,
         dense_bytes=dense_bytes,
         data_stats=data_stats,
+        verify=verify,
     )
     with stderr.status("planning"), _reported(as_json):
         plan = _sources(ctx).make_plan(path, overrides or (), request)
     _remark(plan)
     if out:
         plan.save(out)
-    _show(plan, html, as_json)
+    verified = None
+    if verify and run_plan is not None:
+        with stderr.status("running the plan"):
+            verified = run_plan(plan)
+    _show(plan, html, as_json, verified)
 
 
 @plan_app.command()
@@ -371,17 +385,24 @@ def _remark(plan: Plan) -> None:
             stderr.print(line, highlight=False)
 
 
-def _show(plan: Plan, html: Path | None, as_json: bool) -> None:
+def _show(plan: Plan, html: Path | None, as_json: bool, verified: Comparison | None = None) -> None:
     if html:
         from planner.html_report import write_html
 
         write_html(plan, html)
+    if as_json and verified:
+        _print_json({"plan": json.loads(plan.to_json()), "verified": verified.to_dict()})
+        return
     if as_json:
         print(plan.to_json(), end="")
         return
     from planner.report import print_plan
 
     print_plan(plan, stdout())
+    if verified:
+        from planner.comparison import print_comparison
+
+        print_comparison(verified, stdout())
 
 
 def _print_json(document: dict[str, Any]) -> None:

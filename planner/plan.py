@@ -140,9 +140,18 @@ class Plan(_Record):
     def load(cls, path: Path) -> Plan:
         """Read a plan; RequestError where the file is missing, damaged or edited by hand."""
         try:
-            document = json.loads(path.read_text())
+            text = path.read_text()
         except OSError as error:
             raise RequestError(f"cannot read the plan {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise RequestError(f"{path} is not a plan: {error}") from error
+        return cls.from_json(text, path)
+
+    @classmethod
+    def from_json(cls, text: str, path: Path | str = "the text") -> Plan:
+        """The plan that `to_json` wrote; `path` is what errors call it, which are those of load."""
+        try:
+            document = json.loads(text)
         except ValueError as error:
             raise RequestError(f"{path} is not a plan: {error}") from error
         if not isinstance(document, dict) or "fingerprint" not in document:

@@ -23,6 +23,7 @@ from planner.topology import Topology, parse_topology
 from planner.validation import explain, shorten
 
 if TYPE_CHECKING:
+    from planner.comparison import Comparison
     from planner.cost.learned import LearnedCost
 
 COST_MODELS = ("analytic", "torchrec")
@@ -45,6 +46,7 @@ class PlanRequest:
     constraints: Path | None = None
     dense_bytes: str | None = None
     data_stats: Path | None = None
+    verify: bool = False  # the plan will be run here: it is to have predictions
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Sources:
 
     read_tables: Callable[[Path, Sequence[str]], TableList]
     make_plan: Callable[[Path, Sequence[str], PlanRequest], Plan]
+    verify: Callable[[Plan], Comparison] | None = None  # runs a plan here
 
 
 def read_tables(path: Path, overrides: Sequence[str] = ()) -> TableList:

@@ -224,9 +224,17 @@ def summarize(config: RunConfig, result: dict[str, Any]) -> str:
     speed = result["samples_per_second"]
     shown = "" if speed is None else f", {speed:,.0f} samples/s"
     lines = [f"trained {result['steps']} steps{shown}"]
+    if result["embeddings"]:
+        lines.append(_summarize_embeddings(result["embeddings"]))
     if result["eval"]:
         lines.append(summarize_evaluation(config, result["eval"]))
     return "\n".join([*lines, f"run directory: {config.output}"])
+
+
+def _summarize_embeddings(found: dict[str, Any]) -> str:
+    predicted = found["predicted_step_ms"]
+    expected = "" if predicted is None else f", predicted {predicted:.3g} ms"
+    return f"embeddings {found['step_ms']:.3g} ms a step{expected}"
 
 
 def summarize_evaluation(config: RunConfig, metrics: dict[str, Any]) -> str:

@@ -174,8 +174,24 @@ def _result(
         "train_loss": progress.train_loss if progress else None,
         "world_size": plan.topology.world_size,
         "plan_fingerprint": plan.fingerprint,
+        "embeddings": _embeddings(trainer),
         "checkpoint": checkpoints.store.path(checkpoints.names[-1]),
         "eval": asdict(evaluation) if evaluation else None,
+    }
+
+
+def _embeddings(trainer: Trainer) -> dict[str, Any] | None:
+    """What lookups and exchanges took, beside what the plan predicted; a collective."""
+    from planner.comparison import Comparison
+    from shardemb.profiler.environment import this_environment
+
+    stages = trainer.clock.stages()
+    if stages is None:
+        return None
+    return {
+        **Comparison.of(trainer.model.planner_plan, stages).to_dict(),
+        "steps": trainer.clock.steps,
+        "environment": this_environment(trainer.device).model_dump(),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,12 +19,14 @@ from shardemb.config import DenseOptimizerConfig, ScheduleConfig
 from shardemb.data.batch import Batch
 from shardemb.data.parquet import ParquetReader
 from shardemb.metrics.evaluation import Evaluation, Evaluator
+from shardemb.metrics.stage_clock import StageClock
 from shardemb.optim import make_optimizer
 from shardemb.schedule import LearningRates
 from shardemb.sharding.shard_model import ShardedModel
 
 # The first steps build buckets, thread pools and caches: speed is measured after them.
 WARMUP_STEPS = 10
+TIMED_STEPS = range(WARMUP_STEPS, WARMUP_STEPS + 20)  # whose embedding stages are timed
 
 T = TypeVar("T")
 
@@ -54,6 +57,7 @@ class Trainer:
     ) -> None:
         self.model = model
         self.device = model.device
+        self.clock = StageClock(model, self.device)
         self.step, self.samples = 0, 0  # trained so far; samples are rows over all ranks
         self.world_size = dist.get_world_size()
         self.dense_optimizer = dense_optimizer or DenseOptimizerConfig()
@@ -100,7 +104,9 @@ class Trainer:
         while self.step < last:
             batch, position = meter.wait_for(batches)
             self.rates.set(self.step + 1, last)
-            meter.add(self.train_step(batch), batch.global_rows, position)
+            with self.clock.step() if self.step - first + 1 in TIMED_STEPS else nullcontext():
+                loss_sum = self.train_step(batch)
+            meter.add(loss_sum, batch.global_rows, position)
             self.step, self.samples = self.step + 1, meter.samples
             is_saved = checkpoints is not None and _is_due(self.step, last, checkpoint_every)
             if _is_due(self.step, last, report_every) or self.step == first or is_saved:

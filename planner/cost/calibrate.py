@@ -8,20 +8,24 @@ for work like that which was measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from planner.cost.communication import CollectiveTimes, rank_loads
 from planner.cost.features import ShardWork, dreamshard_features, whole_tables
 from planner.cost.fit import Sets, fit_convex_head, fit_dreamshard, fit_ensemble
+from planner.cost.fit_plans import fit_plans
 from planner.cost.measurements import (
     COLLECTIVES,
     CollectiveSample,
     KernelSample,
     Measurements,
+    PlanSample,
 )
 from planner.cost.networks import DreamShardNetwork
+from planner.cost.plan_times import PlanTimes
 from planner.cost.profile import COVERAGE, ComputeTimes, Profile
 from planner.errors import PlannerError
 from planner.shards import Bools, Floats, TableColumns
@@ -29,6 +33,7 @@ from planner.storage import OUTPUT_BYTES
 from planner.tables import TableSpec
 
 FEWEST_SETS, FEWEST_CALLS = 24, 5  # of tables, and of each collective
+FEWEST_PLANS = 12  # on one number of ranks
 HELD_OUT = 0.15  # share of the tasks, and of the collectives, that intervals are taken from
 
 
@@ -40,23 +45,42 @@ def fit_profile(measurements: Measurements, seed: int = 0) -> Profile:
     """
     ranks = max((len(call.sent_bytes) for call in measurements.collectives), default=0)
     calls = [call for call in measurements.collectives if len(call.sent_bytes) == ranks]
-    _check_enough(measurements.kernels, calls)
+    plans = Counter(sample.plan.topology.world_size for sample in measurements.plans)
+    _check_enough(measurements.kernels, calls, plans)
     communication = {
         kind: fit_collective([call for call in calls if call.kind == kind], seed)
         for kind in COLLECTIVES
         if calls
     }
-    return Profile(
+    profile = Profile(
         environment=measurements.environment,
         seed=seed,
         compute=fit_compute(measurements.kernels, seed),
         communication=communication,
         dreamshard=fit_published(measurements.kernels, communication.get("all_to_all"), seed),
     )
+    return profile.model_copy(update={"plans": fit_all_plans(measurements.plans, profile)})
 
 
-def _check_enough(kernels: Sequence[KernelSample], calls: Sequence[CollectiveSample]) -> None:
+def fit_all_plans(plans: Sequence[PlanSample], profile: Profile) -> tuple[PlanTimes, ...]:
+    """For each number of ranks that enough plans were run on."""
+    by_ranks: defaultdict[int, list[PlanSample]] = defaultdict(list)
+    for sample in plans:
+        by_ranks[sample.plan.topology.world_size].append(sample)
+    return tuple(
+        fit_plans(samples, profile)
+        for _, samples in sorted(by_ranks.items())
+        if len(samples) >= FEWEST_PLANS
+    )
+
+
+def _check_enough(
+    kernels: Sequence[KernelSample], calls: Sequence[CollectiveSample], plans: Mapping[int, int]
+) -> None:
     found = {"sets of tables": (len(kernels), FEWEST_SETS)}
+    if plans:
+        most = max(plans.values())
+        found["plans"] = (most, FEWEST_PLANS)
     for kind in COLLECTIVES if calls else ():
         found[f"{kind} collectives"] = (sum(c.kind == kind for c in calls), FEWEST_CALLS)
     lines = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +10,12 @@ import numpy as np
 from planner.cost.analytic import AnalyticCost
 from planner.cost.features import ShardWork, sum_by, whole_tables
 from planner.cost.links import LinkBytes
+from planner.cost.plan_times import PlanLoads, PlanTimes, ShardLoads, is_replicated
 from planner.cost.predict import shards_of, table_specs
 from planner.cost.profile import Estimate, Profile
 from planner.cost.stages import COMPUTE, LINKS
 from planner.plan import Plan
-from planner.shards import KERNEL_CODE, Bools, Floats, ShardColumns
+from planner.shards import KERNEL_CODE, Bools, Floats, Ints, ShardColumns
 from planner.topology import Topology
 
 
@@ -59,42 +61,75 @@ class LearnedCost:
 
     def stage_costs(self, shards: ShardColumns, topology: Topology) -> Floats:
         """[shards, 4]: milliseconds of each stage, above what a device takes at least."""
-        network = self.profile.compute.network
         costs = AnalyticCost(self.batch_size).stage_costs(shards, topology)
         whole = whole_tables(shards.tables)
-        added = network.represent(ShardWork.of(whole, topology, self.batch_size).features)
-        slopes = network.slopes(added.sum(axis=0) / topology.world_size)
+        added = self._represent(whole, topology)
+        slopes = self.profile.compute.network.slopes(added.sum(axis=0) / topology.world_size)
         analytic = AnalyticCost(self.batch_size).stage_costs(whole, topology)[:, COMPUTE]
         costs[:, COMPUTE] *= (added @ slopes.T).sum(axis=0) / analytic.sum(axis=0)
-        measured = is_measured(shards)
-        work = ShardWork.of(shards.select(measured), topology, self.batch_size)
-        costs[np.flatnonzero(measured)[:, None], COMPUTE] = (
-            network.represent(work.features) @ slopes.T
-        )
+        times, loads = self._times(topology), ShardLoads.of(shards, topology, self.batch_size)
+        measured = self._is_measured(shards, topology)
+        kernel_ms = np.zeros((len(shards), 2))
+        kernel_ms[measured] = self._represent(shards.select(measured), topology) @ slopes.T
+        own = times.compute_charges(kernel_ms, loads) if times else kernel_ms
+        costs[:, COMPUTE] = np.where(measured[:, None], own, costs[:, COMPUTE])
         if self._knows_links(topology):
             links = LinkBytes.of(shards, topology, self.batch_size)
-            costs[:, LINKS] = links.charges(self.profile.communication)
+            charges = links.charges(self.profile.communication)
+            costs[:, LINKS] = times.link_charges(charges, loads) if times else charges
         return costs
 
     def estimate(self, plan: Plan) -> PlanEstimate:
-        """What the profile predicts for `plan`: each rank's kernel as one, collectives by rank."""
+        """What the profile predicts for `plan`: each rank's kernels whole, collectives by rank."""
         topology, ranks = plan.topology, plan.topology.world_size
         shards, rank = shards_of(plan, table_specs(plan))
-        additive = self.stage_costs(shards, topology)
-        measured = is_measured(shards)
+        additive, times = self.stage_costs(shards, topology), self._times(topology)
+        measured = self._is_measured(shards, topology)
         work = ShardWork.of(shards.select(measured), topology, self.batch_size)
-        fused = self.profile.compute.estimate(work, rank[measured], ranks)
         others = sum_by(additive[~measured][:, COMPUTE], rank[~measured], ranks)
-        if self._knows_links(topology):
-            links = LinkBytes.of(shards, topology, self.batch_size)
-            links_ms = links.stage_ms(self.profile.communication, rank)
+        links_ms = sum_by(additive[:, LINKS], rank, ranks).max(axis=0)
+        if times:
+            loads = self.plan_loads(shards, rank, topology)
+            compute = times.compute(loads)
+            if topology.num_hosts == 1:
+                links_ms = times.links_ms(loads)
         else:
-            links_ms = sum_by(additive[:, LINKS], rank, ranks).max(axis=0)
+            compute = self.profile.compute.estimate(work, rank[measured], ranks)
+            if self._knows_links(topology):
+                links = LinkBytes.of(shards, topology, self.batch_size)
+                links_ms = links.stage_ms(self.profile.communication, rank)
         return PlanEstimate(
-            compute=Estimate(*(part + others for part in fused)),
+            compute=Estimate(*(part + others for part in compute)),
             links_ms=links_ms,
             extrapolated=float(self.profile.compute.extrapolated(work).max(initial=1.0)),
         )
+
+    def plan_loads(self, shards: ShardColumns, rank: Ints, topology: Topology) -> PlanLoads:
+        """What `profile.plans` weighs, of a plan that has each shard on its `rank`."""
+        measured = is_measured(shards) | is_replicated(shards)
+
+        def kernel_ms(chosen: Bools) -> Floats:
+            own = chosen & measured
+            work = ShardWork.of(shards.select(own), topology, self.batch_size)
+            return self.profile.compute.estimate(work, rank[own], topology.world_size).ms
+
+        return PlanLoads.of(
+            shards, rank, topology, self.batch_size, kernel_ms, self.profile.communication
+        )
+
+    def _represent(self, shards: ShardColumns, topology: Topology) -> Floats:
+        work = ShardWork.of(shards, topology, self.batch_size)
+        return self.profile.compute.network.represent(work.features)
+
+    def _times(self, topology: Topology) -> PlanTimes | None:
+        """Of the nearest number of ranks that plans were run on."""
+        ranks = math.log(topology.world_size)
+        plans = self.profile.plans
+        return min(plans, key=lambda times: abs(math.log(times.world_size) - ranks), default=None)
+
+    def _is_measured(self, shards: ShardColumns, topology: Topology) -> Bools:
+        measured = is_measured(shards)
+        return measured | is_replicated(shards) if self._times(topology) else measured
 
     def _knows_links(self, topology: Topology) -> bool:
         return topology.num_hosts == 1 and bool(self.profile.communication)

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from planner.plan import Plan
+from planner.shards import Floats
 from planner.tables import TableSpec
 
 Collective = Literal["all_to_all", "reduce_scatter", "all_gather", "all_reduce"]
@@ -61,9 +63,18 @@ class CollectiveSample:
 
 
 @dataclass(frozen=True)
+class PlanSample:
+    """A plan that was run; `stages` [ranks, 4] ms, in the order of planner.cost.stages."""
+
+    plan: Plan
+    stages: Floats
+
+
+@dataclass(frozen=True)
 class Measurements:
     """All of one machine."""
 
     environment: Environment
     kernels: tuple[KernelSample, ...]
     collectives: tuple[CollectiveSample, ...]
+    plans: tuple[PlanSample, ...] = ()

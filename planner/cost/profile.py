@@ -14,6 +14,8 @@ from planner.cost.communication import CollectiveTimes
 from planner.cost.features import FEATURES, ShardWork, sum_by
 from planner.cost.measurements import Collective, Environment
 from planner.cost.networks import DreamShardNetwork, Ensemble, Part, Vector
+from planner.cost.plan_times import PlanTimes
+from planner.cost.stages import STAGES
 from planner.errors import RequestError
 from planner.files import write_whole
 from planner.shards import Floats, Ints
@@ -76,6 +78,9 @@ class Profile(Part):
     communication: dict[Collective, CollectiveTimes] = Field(
         description="empty where one process measured alone"
     )
+    plans: tuple[PlanTimes, ...] = Field(
+        default=(), description="for each number of ranks that whole plans were run on"
+    )
     dreamshard: DreamShardNetwork
 
     def save(self, path: Path) -> None:
@@ -89,6 +94,11 @@ class Profile(Part):
             "forward_compute": (self.compute.measured, forward),
             "backward_compute": (self.compute.measured, backward),
             **{kind: (times.measured, times.margin) for kind, times in self.communication.items()},
+            **{
+                f"{stage.removesuffix('_ms')} of {times.world_size} ranks": (times.measured, margin)
+                for times in self.plans
+                for stage, margin in zip(STAGES, times.margins, strict=True)
+            },
         }
         return {
             "device": self.environment.described,

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from planner.tables import TableSpec
 from shardemb.data.reuse_skew import reuse_ranks
 
+ID_BATCHES = 4  # to use in turn: a training step never looks up the ids of the one before
 _PRIME = 2_147_483_647  # scatters hot rows over the table; the product with a row fits 64 bits
 
 

@@ -17,11 +17,9 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 from planner.tables import TableSpec
-from shardemb.profiler.ids import draw_ids
+from shardemb.profiler.ids import ID_BATCHES, draw_ids
 from shardemb.profiler.timing import WARM_UP, Timing, is_enough, summarize, timed
 from shardemb.profiler.workloads import DenseMatmul, HostCopy, KernelSet
-
-ID_BATCHES = 4  # used in turn: a training step never looks up the ids of the one before
 
 _OPTIMIZERS = {
     "sgd": EmbOptimType.EXACT_SGD,

@@ -5,13 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from planner import RequestError, TableSpec
-from planner.cost.measurements import COLLECTIVES, CollectiveSample, KernelSample, Measurements
+import numpy as np
+
+from planner import Plan, RequestError, TableSpec
+from planner.cost.measurements import (
+    COLLECTIVES,
+    CollectiveSample,
+    KernelSample,
+    Measurements,
+    PlanSample,
+)
 from shardemb.profiler.store import PATTERN, environment_of, read_part
 
 
 def read_measurements(folder: Path) -> Measurements:
-    """Kernels and collectives of `folder` but the noisy ones; RequestError where it has none."""
+    """All of `folder` but the noisy ones; RequestError where it has none."""
     paths = sorted(folder.glob(PATTERN))
     environment = environment_of(paths)
     if environment is None:
@@ -25,6 +33,7 @@ def read_measurements(folder: Path) -> Measurements:
             for row in rows
             if row["kind"] in COLLECTIVES
         ),
+        plans=tuple(_plan(row) for row in rows if row["kind"] == "plan"),
     )
 
 
@@ -36,3 +45,8 @@ def _kernel(row: dict[str, Any]) -> KernelSample:
     return KernelSample(
         row["task"], tables, row["batch_size"], row["forward_ms"], row["backward_ms"]
     )
+
+
+def _plan(row: dict[str, Any]) -> PlanSample:
+    plan = Plan.from_json(row["plan"])
+    return PlanSample(plan, np.array(row["stages"]).reshape(plan.topology.world_size, -1))

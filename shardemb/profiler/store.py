@@ -35,12 +35,12 @@ _TABLE = pa.struct(
     ]
 )
 _COLUMNS: dict[str, tuple[pa.DataType, str]] = {
-    "sequence": (pa.string(), "device, or collective_N over N ranks"),
+    "sequence": (pa.string(), "device; collective_N or plan_N over N ranks"),
     "number": (pa.int64(), "in its sequence; every number comes once"),
     "kind": (
         pa.string(),
-        "kernel, all_to_all, reduce_scatter, all_gather, all_reduce, host_to_device or "
-        "dense_matmul",
+        "kernel, all_to_all, reduce_scatter, all_gather, all_reduce, host_to_device, "
+        "dense_matmul or plan",
     ),
     "task": (pa.int64(), "kernel: the model that the tables are of"),
     "batch_size": (pa.int64(), "kernel: rows that are looked up"),
@@ -55,7 +55,16 @@ _COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "shape": (pa.list_(pa.int64()), "dense_matmul: rows, inner, columns"),
     "forward_ms": (pa.float64(), "kernel: median of the repetitions"),
     "backward_ms": (pa.float64(), "kernel: median of the repetitions"),
-    "ms": (pa.float64(), "all other kinds: median; of collectives that of the slowest rank"),
+    "plan": (pa.string(), "plan: a plan.json, with its batch size"),
+    "stages": (
+        pa.list_(pa.float64()),
+        "plan: medians of forward and backward, compute and comm as in planner.cost.stages, of "
+        "rank after rank",
+    ),
+    "ms": (
+        pa.float64(),
+        "all other kinds: median; of collectives that of the slowest rank, of plans a step",
+    ),
     "repetitions": (pa.int64(), "those timed, without warm-up"),
     "spread": (pa.float64(), "scaled median absolute deviation over the median, the worse of two"),
     "outliers": (pa.int64(), "repetitions beyond 3.5 such deviations"),

@@ -1,13 +1,16 @@
-"""One process that measures: `python -m shardemb.profiler.worker FOLDER SECONDS SEED THREADS`.
+"""One process that measures: `python -m shardemb.profiler.worker WHAT FOLDER SECONDS SEED THREADS`.
 
-Alone it measures the device: kernels, and on a GPU copies and matmuls. Started as one of several
-ranks it measures collectives over all of them.
+WHAT is `device`, for a process alone: kernels, and on a GPU copies and matmuls; or, for each of
+several ranks, `collectives` or `plans`.
 """
 
 from __future__ import annotations
 
+import gc
+import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +18,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from planner import UserError
+from planner import Plan, UserError
 from shardemb.failure import report_failures
 from shardemb.profiler.collectives import time_collective
 from shardemb.profiler.environment import this_environment
 from shardemb.profiler.kernels import time_copy, time_kernel, time_matmul
+from shardemb.profiler.plan_timing import PlanTiming, time_plan
 from shardemb.profiler.store import PATTERN, Store, environment_of
 from shardemb.profiler.timing import NOISY, Timing
 from shardemb.profiler.workloads import (
-    CollectiveCall,
     DenseMatmul,
     HostCopy,
     KernelSet,
     draw_collective,
     draw_device_work,
+    draw_plan,
 )
 from shardemb.quiet import silence_libraries
 from shardemb.ranks import process_group
+
+PLAN_REPETITIONS = 7
 
 
 def measure_device(folder: Path, seconds: float, seed: int, device: torch.device) -> None:
@@ -71,15 +77,36 @@ def measure_collectives(folder: Path, seconds: float, seed: int, device: torch.d
     """Measure collectives over all ranks; rank 0 says what comes next, and keeps the rows."""
     world_size, is_first = dist.get_world_size(), dist.get_rank() == 0
     store = _open(folder, f"collective_{world_size}", device) if is_first else None
-    until = time.monotonic() + seconds
-    while True:
-        number = _number_for_all(store, until, device)
-        if number < 0:
-            break
+    for number in _numbers(store, seconds, device):
         call = draw_collective(seed, number, world_size)
         timing = time_collective(call, device)
         if store:
-            store.append(_collective_row(call, timing))
+            store.append(_row(call.kind, timing, sent_bytes=list(call.sent_bytes)))
+
+
+def measure_plans(folder: Path, seconds: float, seed: int, device: torch.device) -> None:
+    """Run random plans over all ranks."""
+    # A random plan splits rows that share a momentum, which is told of plans that are trained.
+    logging.getLogger("shardemb").setLevel(logging.ERROR)
+    world_size, is_first = dist.get_world_size(), dist.get_rank() == 0
+    store = _open(folder, f"plan_{world_size}", device) if is_first else None
+    for number in _numbers(store, seconds, device):
+        plan = draw_plan(seed, number, world_size, device.type)
+        timing = time_plan(plan, device, repetitions=PLAN_REPETITIONS, seed=number)
+        gc.collect()  # the tables: collectives keep modules in cycles
+        if store:
+            store.append(plan_row(plan, timing))
+
+
+def plan_row(plan: Plan, timing: PlanTiming) -> dict[str, Any]:
+    return _row("plan", timing.step, plan=plan.to_json(), stages=timing.stages.ravel().tolist())
+
+
+def _numbers(store: Store | None, seconds: float, device: torch.device) -> Iterator[int]:
+    """What comes next, on all ranks: as rank 0's `store` says, which is flushed at the end."""
+    until = time.monotonic() + seconds
+    while (number := _number_for_all(store, until, device)) >= 0:
+        yield number
     if store:
         store.flush()
 
@@ -90,10 +117,6 @@ def _number_for_all(store: Store | None, until: float, device: torch.device) -> 
     shared = torch.tensor([number], device=device)
     dist.broadcast(shared, src=0)
     return int(shared.item())
-
-
-def _collective_row(call: CollectiveCall, timing: Timing) -> dict[str, Any]:
-    return _row(call.kind, timing, sent_bytes=list(call.sent_bytes))
 
 
 def _row(kind: str, timing: Timing, **columns: Any) -> dict[str, Any]:
@@ -121,12 +144,18 @@ def _open(folder: Path, sequence: str, device: torch.device) -> Store:
     return Store(folder, sequence, here)
 
 
-def main(folder: str, seconds: str, seed: str, threads: str) -> int:
+MEASURE: dict[str, Callable[[Path, float, int, torch.device], None]] = {
+    "device": measure_device,
+    "collectives": measure_collectives,
+    "plans": measure_plans,
+}
+
+
+def main(what: str, folder: str, seconds: str, seed: str, threads: str) -> int:
     silence_libraries()
     torch.set_num_threads(int(threads))
     with report_failures() as outcome, process_group() as device:
-        measure = measure_collectives if dist.get_world_size() > 1 else measure_device
-        measure(Path(folder), float(seconds), int(seed), device)
+        MEASURE[what](Path(folder), float(seconds), int(seed), device)
     return outcome.exit_code
 
 

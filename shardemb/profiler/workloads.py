@@ -10,14 +10,16 @@ a task is the tables, batch and optimizer of one model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from planner import Plan, ShardingRule, Topology, plan_by_rule
 from planner.cost.measurements import COLLECTIVES, Collective
-from planner.geometry import COLUMN_MULTIPLE
+from planner.geometry import COLUMN_MULTIPLE, ShardingType, column_shard_counts
 from planner.reuse import MEAN_COUNTS
 from planner.storage import shard_bytes
 from planner.tables import (
@@ -45,6 +47,18 @@ BALANCED_SHARE = 0.4  # of the all-to-alls
 COPY_BYTES = (1024, 256 * 1024**2)
 MATRIX_SIDES = (64, 4096)
 COPY_SHARE, MATMUL_SHARE = 0.05, 0.05  # of the workloads of a GPU
+
+
+PLAN_TYPES: tuple[ShardingType, ...] = (
+    "table_wise",
+    "column_wise",
+    "row_wise",
+    "data_parallel",
+)
+PLAN_BATCH_SIZES = (64, 4096)  # rows of a rank
+PLAN_TABLES = (2, 64)
+TABLE_WISE_SHARE = 0.3  # of the plans: all tables are table_wise
+MOST_REPLICATED = 2_000_000  # elements of a replicated table: nobody replicates larger ones
 
 
 class Limits(NamedTuple):
@@ -129,6 +143,70 @@ def _draw_set(seed: int, number: int, limits: Limits) -> KernelSet:
             break
         chosen.append(table)
     return KernelSet(task, tuple(chosen), batch_size)
+
+
+def draw_plan(seed: int, number: int, world_size: int, device_type: str) -> Plan:
+    """The plan of that number, with tables of its own.
+
+    On each rank the limits of a kernel hold, on average over the ranks.
+    """
+    generator = np.random.default_rng([seed, 5, world_size, number])
+    rows = _log_int(generator, *PLAN_BATCH_SIZES)
+    tables = _plan_tables(generator, rows * world_size, world_size, LIMITS[device_type])
+    plan = random_plan(tables, world_size, generator)
+    return plan.model_copy(update={"batch_size": rows})
+
+
+def random_plan(
+    tables: Sequence[TableSpec], world_size: int, generator: np.random.Generator
+) -> Plan:
+    """Some types, each for a random share of the tables, and shards anywhere on one host."""
+    only_whole = generator.uniform() < TABLE_WISE_SHARE
+    shares = np.eye(len(PLAN_TYPES))[0] if only_whole else generator.dirichlet([0.5] * 4)
+    busy = generator.dirichlet([2.0] * world_size)
+    rules = {table.name: _draw_rule(generator, table, shares, busy) for table in tables}
+    topology = Topology(world_size=world_size, local_world_size=world_size)
+    return plan_by_rule(tables, topology, ShardingRule(sharding_type="table_wise"), rules)
+
+
+def _plan_tables(
+    generator: np.random.Generator, rows: int, world_size: int, limits: Limits
+) -> list[TableSpec]:
+    dtype = DTYPES[int(generator.uniform() > FP32_SHARE)]
+    optimizer = OPTIMIZERS[int(generator.integers(len(OPTIMIZERS)))]
+    chosen: list[TableSpec] = []
+    lookups, size = 0.0, 0
+    for number in range(_log_int(generator, *PLAN_TABLES)):
+        table = draw_table(generator, f"t{number}", rows, dtype, optimizer, limits)
+        lookups += table.pooling_factor * rows
+        size += _table_bytes(table)
+        if chosen and (
+            lookups > limits.lookups * world_size or size > limits.table_bytes * world_size
+        ):
+            break
+        chosen.append(table)
+    return chosen
+
+
+def _draw_rule(
+    generator: np.random.Generator,
+    table: TableSpec,
+    shares: NDArray[np.float64],
+    busy: NDArray[np.float64],
+) -> ShardingRule:
+    kind = PLAN_TYPES[generator.choice(len(PLAN_TYPES), p=shares)]
+    ranks = len(busy)
+    counts = [n for n in column_shard_counts(table.embedding_dim) if 2 <= n <= ranks]
+    elements = table.num_embeddings * table.embedding_dim
+    if kind == "row_wise":
+        return ShardingRule(sharding_type=kind)
+    if kind == "data_parallel" and table.dtype == "fp32" and elements <= MOST_REPLICATED:
+        return ShardingRule(sharding_type=kind)
+    if kind == "column_wise" and counts:
+        count = int(generator.choice(counts))
+        chosen = tuple(generator.permutation(ranks)[:count].tolist())
+        return ShardingRule(sharding_type=kind, column_shards=count, ranks=chosen)
+    return ShardingRule(sharding_type="table_wise", ranks=(int(generator.choice(ranks, p=busy)),))
 
 
 def draw_task(

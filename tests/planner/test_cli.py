@@ -176,6 +176,7 @@ MISTAKES = {
         ["tables.json", *ON_FOUR, "--search", "random", "--time-budget", "1"],
         "--time-budget is for --search auto",
     ),
+    "verify": (["tables.json", *ON_FOUR, "--verify"], "use `shardemb plan --verify`"),
     "endless": (["tables.json", *ON_FOUR, "--time-budget", "inf"], "--time-budget inf"),
     "dense bytes": (["tables.json", *ON_FOUR, "--dense-bytes", "big"], "--dense-bytes 'big'"),
     "batch size 0": (["tables.json", *ON_FOUR, "--batch-size", "0"], "--batch-size"),
