@@ -18,6 +18,8 @@ OPTIMIZER_STATE: dict[TableOptimizerName, tuple[int, int]] = {
     "rowwise_adagrad": (1, 0),
     "adam": (0, 2),
     "partial_rowwise_adam": (1, 1),
+    "lamb": (0, 2),
+    "partial_rowwise_lamb": (1, 1),
 }
 STATE_BYTES = 4
 ID_BYTES = 8

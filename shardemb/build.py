@@ -45,12 +45,20 @@ def build_trainer(config: RunConfig, device: torch.device) -> Trainer:
     sharded = shard_model(
         model,
         plan,
-        config.train.table_optimizer,
+        table_optimizers={name: config.table_optimizer(name) for name in config.tables},
+        frozen={name: table.frozen for name, table in config.tables.items() if table.frozen},
+        communication=config.train.communication,
         device=device,
         seed=config.seed,
         deterministic=config.train.deterministic,
     )
-    return Trainer(sharded, config.train.dense_optimizer, config.train.schedule)
+    return Trainer(
+        sharded,
+        config.train.dense_optimizer,
+        config.train.schedule,
+        gradient_clipping=config.train.gradient_clipping,
+        precision=config.train.precision,
+    )
 
 
 def _agree_on_plan(config: RunConfig, topology: Topology) -> Plan:

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -25,13 +24,18 @@ from planner.geometry import ShardingType
 from planner.plan import Objective
 from planner.request import COST_MODELS
 from planner.strict_yaml import read_yaml
-from planner.tables import DataType, TableOptimizerName
+from planner.tables import DataType
 from planner.validation import explain, nearest
+from shardemb.optimizer_config import (
+    DenseOptimizerConfig,
+    Freeze,
+    GradientClippingConfig,
+    ScheduleConfig,
+    TableOptimizerConfig,
+)
+from shardemb.precision_config import CommunicationConfig, PrecisionConfig
+from shardemb.section import Section as _Section
 from shardemb.yaml_config import apply_overrides, expand_keys, expand_names
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DenseConfig(_Section):
@@ -133,6 +137,12 @@ class TableConfig(_Section):
     pooling: Literal["sum", "mean"] = "sum"
     pooling_factor: float = Field(default=1.0, ge=0, description="mean ids a row, for planning")
     dtype: DataType = "fp32"
+    optimizer: TableOptimizerConfig | None = Field(
+        default=None, description="what it leaves out is train.table_optimizer's"
+    )
+    frozen: Freeze = Field(
+        default=None, description="true: never trained; or from when until when it is not"
+    )
 
     @field_validator("feature_names")
     @classmethod
@@ -228,70 +238,6 @@ class ShardingConfig(_Section):
         return self
 
 
-ADAMS = ("adam", "partial_rowwise_adam")
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class TableOptimizerConfig(_Section):
-    """The optimizer of the embedding tables, run inside backward."""
-
-    name: TableOptimizerName = "rowwise_adagrad"
-    lr: float = Field(default=0.01, ge=0)
-    eps: float = Field(default=1e-8, gt=0, description="of all but sgd")
-    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="of the Adams")
-    weight_decay: float = Field(
-        default=0.0, ge=0, description="of the Adams, decoupled; of rows that a step looks up"
-    )
-
-    @model_validator(mode="after")
-    def _has_decay(self) -> TableOptimizerConfig:
-        if self.weight_decay and self.name not in ADAMS:
-            raise ValueError(
-                f"weight_decay: {self.name} has none; choose {' or '.join(ADAMS)}, or leave it out"
-            )
-        return self
-
-
-class DenseOptimizerConfig(_Section):
-    """The optimizer of everything that is not an embedding table."""
-
-    name: Literal["sgd", "adam", "adamw", "adagrad"] = "adam"
-    lr: float = Field(default=0.001, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-
-
-class ScheduleConfig(_Section):
-    """How the learning rates of tables and dense parameters change over the steps."""
-
-    name: Literal["constant", "polynomial", "cosine", "step"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0, description="from 0 to the full rates, linearly")
-    decay_start_step: int | None = Field(
-        default=None, ge=0, description="default: after the warm-up"
-    )
-    decay_steps: int | None = Field(
-        default=None,
-        gt=0,
-        description="polynomial, cosine: how long, default to the end; step: steps between changes",
-    )
-    power: float = Field(default=2.0, gt=0, description="of polynomial")
-    gamma: float = Field(default=0.5, gt=0, le=1, description="of step: factor of each change")
-    final: float = Field(
-        default=0.0, ge=0, le=1, description="of polynomial and cosine: what is left at the end"
-    )
-
-    @model_validator(mode="after")
-    def _in_order(self) -> ScheduleConfig:
-        start = self.decay_start_step
-        if start is not None and start < self.warmup_steps:
-            raise ValueError(
-                f"decay_start_step: {start} is within the warm-up of {self.warmup_steps} steps; "
-                "start the decay after it"
-            )
-        if self.name == "step" and self.decay_steps is None:
-            raise ValueError("decay_steps: `step` needs the number of steps between changes")
-        return self
-
-
 class TrainConfig(_Section):
     batch_size: int = Field(default=2048, gt=0, description="rows a step on each rank")
     epochs: int = Field(default=1, gt=0)
@@ -304,6 +250,9 @@ class TrainConfig(_Section):
     table_optimizer: TableOptimizerConfig = TableOptimizerConfig()
     dense_optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    gradient_clipping: GradientClippingConfig = GradientClippingConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    communication: CommunicationConfig = CommunicationConfig()
 
 
 class CheckpointConfig(_Section):
@@ -346,10 +295,34 @@ class RunConfig(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     launch: LaunchConfig = LaunchConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_optimizers(cls, document: Any) -> Any:
+        """Each table's own has what it leaves out from that of all tables."""
+        tables = _below(document, "tables")
+        default = _below(_below(document, "train"), "table_optimizer")
+        completed = {
+            name: {**table, "optimizer": {**default, **own}}
+            for name, table in tables.items()
+            if isinstance(own := _below(tables, name).get("optimizer"), dict)
+        }
+        return {**document, "tables": {**tables, **completed}} if completed else document
+
     @field_validator("tables", mode="before")
     @classmethod
     def _expand(cls, tables: Any) -> Any:
         return expand_keys(tables) if isinstance(tables, dict) else tables
+
+    @model_validator(mode="after")
+    def _freezing_ends(self) -> RunConfig:
+        for name, table in self.tables.items():
+            late = table.frozen and table.frozen.never_ends(self.train.max_steps, self.train.epochs)
+            if late:
+                raise ValueError(
+                    f"tables.{name}.frozen: the run ends before {late} is over, so the table never "
+                    "trains; say `frozen: true`, or end it earlier"
+                )
+        return self
 
     @model_validator(mode="after")
     def _names_agree(self) -> RunConfig:
@@ -377,6 +350,9 @@ class RunConfig(_Section):
     def feature(self, name: str) -> FeatureConfig:
         return self.data.features.get(name, FeatureConfig())
 
+    def table_optimizer(self, name: str) -> TableOptimizerConfig:
+        return self.tables[name].optimizer or self.train.table_optimizer
+
     def _hashes(self, features: list[str]) -> float:
         """Rows that an id is hashed to, on average over the features."""
         return sum(self.feature(name).num_hashes for name in features) / len(features)
@@ -398,7 +374,7 @@ class RunConfig(_Section):
                 weighted=any(
                     self.feature(feature).weights for feature in table.feature_names or [name]
                 ),
-                optimizer=self.train.table_optimizer.name,
+                optimizer=self.table_optimizer(name).name,
             )
             for name, table in self.tables.items()
         ]
@@ -419,6 +395,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         lines = "\n".join(f"  {line}" for line in explain(error, RunConfig))
         raise RequestError(f"{path} is not a valid config:\n{lines}") from error
+
+
+def _below(document: Any, key: str) -> dict[str, Any]:
+    """The section `key`; empty where there is none, or something else."""
+    section = document.get(key) if isinstance(document, dict) else None
+    return section if isinstance(section, dict) else {}
 
 
 def _each_once(names: list[str]) -> list[str]:

@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+import torchrec.optim
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from torchrec.optim import (
     CombinedOptimizer,
+    KeyedOptimizer,
     KeyedOptimizerWrapper,
-    PartialRowWiseAdam,
-    RowWiseAdagrad,
     apply_optimizer_in_backward,
 )
 
 from planner import Plan
-from shardemb.config import ADAMS, DenseOptimizerConfig, TableOptimizerConfig
-from shardemb.row_adam import ReplicatedRowAdam, RowAdam
+from shardemb.optimizer_config import (
+    ADAMS,
+    DenseOptimizerConfig,
+    FreezeConfig,
+    GradientClippingConfig,
+    TableOptimizerConfig,
+)
+from shardemb.row_rules import ReplicatedRows, RowAdam, RowRule, RowWiseAdagradWithDecay
 from shardemb.sharding.tables import HeldTable
 
-# They stand for FBGEMM's kernels, and are those of data_parallel tables but for the Adams.
-_TABLE: dict[str, type[Optimizer]] = {
+# They stand for FBGEMM's kernels, and take the arguments of those.
+_FUSED: dict[str, type[Optimizer]] = {
+    "sgd": torchrec.optim.SGD,
+    "adagrad": torchrec.optim.Adagrad,
+    "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
+    "adam": torchrec.optim.Adam,
+    "partial_rowwise_adam": torchrec.optim.PartialRowWiseAdam,
+    "lamb": torchrec.optim.LAMB,
+    "partial_rowwise_lamb": torchrec.optim.PartialRowWiseLAMB,
+}
+# Of data_parallel tables, where no row rule is needed.
+_REPLICATED: dict[str, Callable[..., Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
-    "rowwise_adagrad": RowWiseAdagrad,
-    "adam": torch.optim.Adam,
-    "partial_rowwise_adam": PartialRowWiseAdam,
+    "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
 }
-_DENSE: dict[str, type[Optimizer]] = {
+_DENSE: dict[str, Callable[..., Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -38,74 +55,120 @@ _DENSE: dict[str, type[Optimizer]] = {
 }
 
 
-def table_optimizer_kwargs(config: TableOptimizerConfig) -> dict[str, Any]:
-    kwargs: dict[str, Any] = {"lr": config.lr}
-    if config.name != "sgd":
-        kwargs["eps"] = config.eps
+DENSE, TABLES = "dense", "tables"  # parts of the optimizer
+
+
+def row_rule(config: TableOptimizerConfig) -> RowRule | None:
+    """What changes the rows of data_parallel tables and of CPU kernels; None where PyTorch's
+    optimizers and FBGEMM's CPU kernels do that."""
     if config.name in ADAMS:
-        kwargs |= {"betas": config.betas, "weight_decay": config.weight_decay}
-    return kwargs
+        return RowAdam(
+            config.lr,
+            config.betas,
+            config.eps,
+            config.weight_decay,
+            is_rowwise=config.name.startswith("partial_rowwise"),
+            has_trust_ratio=config.name.endswith("lamb"),
+        )
+    if config.weight_decay:
+        return RowWiseAdagradWithDecay(config.lr, config.eps, config.weight_decay)
+    return None
 
 
-def cpu_rule(config: TableOptimizerConfig) -> RowAdam | None:
-    """What changes the rows of CPU kernels; None where FBGEMM's kernels do that."""
-    if config.name not in ADAMS:
-        return None
-    is_rowwise = config.name == "partial_rowwise_adam"
-    return RowAdam(config.lr, config.betas, config.eps, config.weight_decay, is_rowwise)
+def kernel_arguments(config: TableOptimizerConfig) -> dict[str, Any]:
+    """Of FBGEMM's fused kernel that trains by `config`."""
+    arguments: dict[str, Any] = {"lr": config.lr}
+    if config.name != "sgd":
+        arguments["eps"] = config.eps
+    if config.name in ADAMS:
+        arguments |= {"beta1": config.betas[0], "beta2": config.betas[1]}
+    if config.weight_decay:
+        arguments["weight_decay"] = config.weight_decay
+        if config.name not in ADAMS:  # whose kernels know decoupled decay alone
+            arguments["weight_decay_mode"] = WeightDecayMode.DECOUPLE
+    return arguments
 
 
-def attach_table_optimizer(
-    tables: Iterable[HeldTable], plan: Plan, config: TableOptimizerConfig, device_type: str
+def attach_table_optimizers(
+    tables: Iterable[HeldTable],
+    plan: Plan,
+    optimizers: Mapping[str, TableOptimizerConfig],
+    frozen: Mapping[str, FreezeConfig],
+    device_type: str,
 ) -> None:
     """Have each table that the plan shards updated inside backward, by FBGEMM's fused kernel.
 
-    For a `cpu_rule` FBGEMM's kernel is one that keeps no state: its updates are taken over.
+    Tables share a kernel where they have the same optimizer and are frozen together. For a
+    `row_rule` a CPU kernel is one that keeps no state: its updates are taken over.
     """
-    if device_type == "cpu" and cpu_rule(config):
-        config = TableOptimizerConfig(name="sgd", lr=0.0)
     for table in tables:
-        if plan.tables[table.config.name].sharding_type == "data_parallel":
+        name = table.config.name
+        config = optimizers[name]
+        if plan.tables[name].sharding_type == "data_parallel":
             continue
-        kwargs = table_optimizer_kwargs(config)
+        # TorchRec groups tables by all their arguments, and keeps this one from the kernel.
+        group = {"_batch_key": f"{config!r} {frozen.get(name)!r}"}
+        if device_type == "cpu" and row_rule(config):
+            config = TableOptimizerConfig(name="sgd", lr=0.0)
         with warnings.catch_warnings():
             # The public name forwards to PyTorch's private one and says so each time.
             warnings.simplefilter("ignore", DeprecationWarning)
-            apply_optimizer_in_backward(_TABLE[config.name], [table.parameter], kwargs)
+            apply_optimizer_in_backward(
+                _FUSED[config.name], [table.parameter], kernel_arguments(config) | group
+            )
 
 
 def make_optimizer(
-    model: nn.Module, plan: Plan, dense: DenseOptimizerConfig, tables: TableOptimizerConfig
+    model: nn.Module,
+    plan: Plan,
+    dense: DenseOptimizerConfig,
+    tables: Mapping[str, TableOptimizerConfig],
 ) -> CombinedOptimizer:
     """The optimizer of all that is updated after backward: `model` as sharded by `plan`.
 
-    Dense parameters get `dense`; tables sharded `data_parallel` get the tables' optimizer, so
-    that a table learns the same way however it is sharded.
+    Dense parameters get `dense`; tables sharded `data_parallel` get their own optimizer, so that a
+    table learns the same way however it is sharded.
     """
-    replicated: dict[str, nn.Parameter] = {}
+    replicated: dict[TableOptimizerConfig, dict[str, nn.Parameter]] = {}
     others: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         table = table_of(name, plan)
         if table is None:
             others[name] = parameter
         elif plan.tables[table].sharding_type == "data_parallel":
-            replicated[name] = parameter
-    optimizers: list[tuple[str, Any]] = []
+            replicated.setdefault(tables[table], {})[name] = parameter
+    optimizers: list[tuple[str, KeyedOptimizer]] = []
     if others:
-        kwargs: dict[str, Any] = {"lr": dense.lr, "weight_decay": dense.weight_decay}
-        optimizers.append(("dense", _keyed(others, _DENSE[dense.name], kwargs)))
-    if replicated:
-        rule = cpu_rule(tables)
-        make = ReplicatedRowAdam if rule else _TABLE[tables.name]
-        kwargs = vars(rule) if rule else table_optimizer_kwargs(tables)
-        optimizers.append(("tables", _keyed(replicated, make, kwargs)))
+        make = partial(_DENSE[dense.name], lr=dense.lr, weight_decay=dense.weight_decay)
+        optimizers.append((DENSE, KeyedOptimizerWrapper(others, make)))
+    for config, parameters in replicated.items():
+        optimizers.append((TABLES, KeyedOptimizerWrapper(parameters, _replicated(config))))
     return CombinedOptimizer(optimizers)
 
 
-def _keyed(
-    parameters: dict[str, nn.Parameter], make: type[Optimizer], kwargs: dict[str, Any]
-) -> KeyedOptimizerWrapper:
-    return KeyedOptimizerWrapper(parameters, lambda values: make(values, **kwargs))
+def _replicated(config: TableOptimizerConfig) -> Any:
+    rule = row_rule(config)
+    if rule:
+        return partial(ReplicatedRows, rule=rule)
+    return partial(_REPLICATED[config.name], **kernel_arguments(config))
+
+
+def parts_named(name: str, optimizer: CombinedOptimizer) -> list[KeyedOptimizer]:
+    """`DENSE`, or those of `TABLES`, one for each way to update them."""
+    return [part for own, part in optimizer.optimizers if own == name]
+
+
+def clip_dense_gradients(optimizer: CombinedOptimizer, config: GradientClippingConfig) -> None:
+    """Limit the gradients of all dense parameters, which are the same on every rank.
+
+    Tables have no part in it, not even those that are data_parallel: what training does must not
+    depend on the plan.
+    """
+    parameters = [p for part in parts_named(DENSE, optimizer) for p in part.params.values()]
+    if config.norm:
+        clip_grad_norm_(parameters, config.norm)
+    if config.value:
+        clip_grad_value_(parameters, config.value)
 
 
 def table_of(parameter_name: str, plan: Plan) -> str | None:

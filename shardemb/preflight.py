@@ -11,13 +11,14 @@ from shardemb.data.schema import BatchSchema
 from shardemb.data.sources import parquet_files
 from shardemb.planning import plan_run
 from shardemb.run_directory import check_output
-from shardemb.sharding.limits import refuse_unsupported
+from shardemb.sharding.limits import refuse_unsendable, refuse_unsupported
 
 
 def check_run(config: RunConfig, topology: Topology) -> None:
     """Raise a UserError where plan, data files or run directory cannot be as `config` says."""
     known_device = None if config.launch.device == "auto" else config.launch.device
     refuse_unsupported(plan_run(config, topology), config.table_specs(), known_device)
+    refuse_unsendable(config.train.communication, known_device)
     check_output(config.output)
     read_info(config.data.dir)
     schema = BatchSchema.from_config(config)

@@ -6,7 +6,7 @@ import math
 
 from torchrec.optim import CombinedOptimizer
 
-from shardemb.config import ScheduleConfig
+from shardemb.optimizer_config import ScheduleConfig
 from shardemb.sharding.shard_model import ShardedModel
 
 
@@ -44,7 +44,8 @@ class LearningRates:
             group for part in (optimizer, model.fused_optimizer) for group in part.param_groups
         ]
         self._first = [group["lr"] for group in self._groups]
-        self._of_kernels = [kernel.rule.lr for kernel in model.kernel_adams]
+        self._rules = [updates.rule for updates in model.own_updates]
+        self._of_rules = [rule.lr for rule in self._rules]
         self._factor = 1.0
 
     def set(self, step: int, last_step: int) -> None:
@@ -56,5 +57,5 @@ class LearningRates:
         for group, first in zip(self._groups, self._first, strict=True):
             group["lr"] = first * now
         self._model.fused_optimizer.step()  # has FBGEMM's kernels know; it updates nothing
-        for kernel, first in zip(self._model.kernel_adams, self._of_kernels, strict=True):
-            kernel.rule.lr = first * now
+        for rule, first in zip(self._rules, self._of_rules, strict=True):
+            rule.lr = first * now

@@ -15,12 +15,18 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from planner import UserError
 from shardemb.checkpoint.checkpoints import Checkpoints
-from shardemb.config import DenseOptimizerConfig, ScheduleConfig
 from shardemb.data.batch import Batch
 from shardemb.data.parquet import ParquetReader
+from shardemb.freezing import Freezing
 from shardemb.metrics.evaluation import Evaluation, Evaluator
 from shardemb.metrics.stage_clock import StageClock
-from shardemb.optim import make_optimizer
+from shardemb.optim import clip_dense_gradients, make_optimizer
+from shardemb.optimizer_config import (
+    DenseOptimizerConfig,
+    GradientClippingConfig,
+    ScheduleConfig,
+)
+from shardemb.precision_config import PrecisionConfig
 from shardemb.schedule import LearningRates
 from shardemb.sharding.shard_model import ShardedModel
 
@@ -54,6 +60,9 @@ class Trainer:
         model: ShardedModel,
         dense_optimizer: DenseOptimizerConfig | None = None,
         schedule: ScheduleConfig | None = None,
+        *,
+        gradient_clipping: GradientClippingConfig | None = None,
+        precision: PrecisionConfig | None = None,
     ) -> None:
         self.model = model
         self.device = model.device
@@ -62,18 +71,26 @@ class Trainer:
         self.world_size = dist.get_world_size()
         self.dense_optimizer = dense_optimizer or DenseOptimizerConfig()
         self.optimizer = make_optimizer(
-            model, model.planner_plan, self.dense_optimizer, model.table_optimizer
+            model, model.planner_plan, self.dense_optimizer, model.table_optimizers
         )
         self.rates = LearningRates(model, self.optimizer, schedule or ScheduleConfig())
+        self.freezing = Freezing(model, self.optimizer)
+        self.gradient_clipping = gradient_clipping or GradientClippingConfig()
+        self.precision = precision or PrecisionConfig()
 
     def train_step(self, batch: Batch) -> torch.Tensor:
         """One step on this rank's `batch`; this rank's part of the loss, summed over its rows."""
         self.optimizer.zero_grad()
         batch = batch.to(self.device, non_blocking=True)
-        loss_sum = self._loss_sum(self._logits(batch), batch)
+        is_bf16 = self.precision.dense == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
+            logits = self._logits(batch)
+        loss_sum = self._loss_sum(logits, batch)
         # Gradients are averaged over ranks, so this makes them those of the mean over all rows.
         (loss_sum * (self.world_size / batch.global_rows)).backward()
-        self.optimizer.step()
+        clip_dense_gradients(self.optimizer, self.gradient_clipping)
+        with self.freezing.held():
+            self.optimizer.step()
         return loss_sum.detach()
 
     def train(
@@ -104,6 +121,7 @@ class Trainer:
         while self.step < last:
             batch, position = meter.wait_for(batches)
             self.rates.set(self.step + 1, last)
+            self.freezing.set(self.step + 1, position[0] + 1)
             with self.clock.step() if self.step - first + 1 in TIMED_STEPS else nullcontext():
                 loss_sum = self.train_step(batch)
             meter.add(loss_sum, batch.global_rows, position)

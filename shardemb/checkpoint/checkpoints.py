@@ -224,7 +224,9 @@ class Checkpoints:
             if not weights_only:
                 set_dense_states(trainer.optimizer, tensors)
                 set_random(trainer.device, tensors)
-                set_table_steps(trainer.model, trainer.optimizer, manifest.step)
+                trainer.freezing.load(tensors)
+                steps = trainer.freezing.trained_steps(manifest.step)
+                set_table_steps(trainer.model, trainer.optimizer, steps)
                 trainer.step, trainer.samples = manifest.step, manifest.samples
         if name in names:  # the next save drops those after it: another past than this one's
             self.names = names[: names.index(name) + 1]

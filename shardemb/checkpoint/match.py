@@ -44,7 +44,7 @@ def _tables(manifest: Manifest, here: dict[str, TableSpec], weights_only: bool) 
         if saved.optimizer != spec.optimizer and not weights_only:
             lines.append(
                 f"table {name}: trained with {saved.optimizer}, and with {spec.optimizer} here "
-                "(train.table_optimizer.name)"
+                f"(train.table_optimizer.name, tables.{name}.optimizer.name)"
             )
     return sorted(lines)
 

@@ -67,6 +67,7 @@ class Snapshot:
         others = random_tensors(trainer.device)
         if rank == 0:
             others |= dense_tensors(trainer.model, trainer.optimizer)
+            others |= trainer.freezing.tensors()
         return cls(
             step=trainer.step,
             samples=trainer.samples,

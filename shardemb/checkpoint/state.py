@@ -3,21 +3,22 @@ dense parameters, their optimizers' state, random states."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torchrec.optim import CombinedOptimizer, KeyedOptimizer
+from torchrec.optim import CombinedOptimizer
 
 from planner import Shard, TablePlan
 from shardemb.checkpoint.piece import WEIGHT, Piece
-from shardemb.config import ADAMS
-from shardemb.optim import table_of
+from shardemb.optim import DENSE, TABLES, parts_named, table_of
+from shardemb.optimizer_config import ADAMS
 from shardemb.sharding.initialize import local_blocks
+from shardemb.sharding.kernels import kernels, set_step
 from shardemb.sharding.shard_model import ShardedModel
 
-# FBGEMM's names of states, and PyTorch's.
+# TorchRec's names of states that are not PyTorch's.
 _ADAGRAD = {"momentum1": "sum"}
 _ADAM = {"momentum1": "exp_avg", "momentum2": "exp_avg_sq"}
 
@@ -25,8 +26,12 @@ _ADAM = {"momentum1": "exp_avg", "momentum2": "exp_avg_sq"}
 def table_pieces(model: ShardedModel, optimizer: CombinedOptimizer) -> list[Piece]:
     """What this rank holds of all tables and of their optimizer's state."""
     weights = list(_weights(model))
-    fused = _states_of_kernels(model, weights) if model.kernel_adams else _fused_states(model)
-    return [*weights, *fused, *_replicated_states(model, optimizer)]
+    return [
+        *weights,
+        *_fused_states(model),
+        *_states_of_own_updates(model, weights),
+        *_replicated_states(model, optimizer),
+    ]
 
 
 def parameter_names(model: ShardedModel) -> dict[str, str]:
@@ -47,19 +52,20 @@ def _weights(model: ShardedModel) -> Iterator[Piece]:
 
 
 def _fused_states(model: ShardedModel) -> Iterator[Piece]:
-    names = _ADAM if model.table_optimizer.name in ADAMS else _ADAGRAD
     for name, states in model.fused_optimizer.state_dict()["state"].items():
         table = table_of(name, model.planner_plan)
         assert table is not None, name
+        names = _ADAM if model.table_optimizers[table].name in ADAMS else _ADAGRAD
         shards = _local_shards(model.planner_plan.tables[table])
         for key, value in states.items():
             # By the plan: TorchRec lists the row-wise state of column shards one below the other.
             blocks = [shard.tensor for shard in value.local_shards()]
+            state = key.rpartition(".")[2]
             for shard, tensor in zip(shards, blocks, strict=True):
                 assert tensor.shape[0] == shard.rows and tensor.shape[1:] in ((), (shard.columns,))
                 yield Piece(
                     table,
-                    names[key.rpartition(".")[2]],
+                    names.get(state, state),
                     shard.row_offset,
                     shard.rows,
                     shard.column_offset,
@@ -68,29 +74,34 @@ def _fused_states(model: ShardedModel) -> Iterator[Piece]:
                 )
 
 
-def _states_of_kernels(model: ShardedModel, weights: list[Piece]) -> Iterator[Piece]:
+def _states_of_own_updates(model: ShardedModel, weights: list[Piece]) -> Iterator[Piece]:
     """Of CPU kernels whose updates are ours: a shard's weights say which kernel's it is."""
     states = {
         weight.data_ptr(): state
-        for kernel in model.kernel_adams
-        for weight, state in zip(kernel.weights, kernel.states, strict=True)
+        for updates in model.own_updates
+        for weight, state in zip(updates.weights, updates.states, strict=True)
         if len(weight)
     }
     for piece in weights:
-        if piece.rows and not piece.is_replicated:
-            for name, tensor in states[piece.tensor.data_ptr()].items():
+        if piece.rows:
+            for name, tensor in states.get(piece.tensor.data_ptr(), {}).items():
                 yield replace(piece, state=name, tensor=tensor)
 
 
-def set_table_steps(model: ShardedModel, optimizer: CombinedOptimizer, step: int) -> None:
-    """Have the Adams of tables count on from `step`."""
-    model.fused_optimizer.set_optimizer_step(step)
-    for kernel in model.kernel_adams:
-        kernel.step = step
-    for part in _parts_named("tables", optimizer):
-        for parameter in part.params.values():
+def set_table_steps(
+    model: ShardedModel, optimizer: CombinedOptimizer, steps: Mapping[str, int]
+) -> None:
+    """Have the optimizers of tables that count steps count on from those of each table."""
+    for kernel in kernels(model):
+        set_step(kernel.module, steps[kernel.tables[0]])
+    for updates in model.own_updates:
+        updates.steps = [steps[table] for table in updates.tables]
+    for part in parts_named(TABLES, optimizer):
+        for name, parameter in part.params.items():
+            table = table_of(name, model.planner_plan)
+            assert table is not None, name
             if "step" in part.state[parameter]:
-                part.state[parameter]["step"].fill_(step)
+                part.state[parameter]["step"].fill_(steps[table])
 
 
 def _local_shards(table: TablePlan) -> list[Shard]:
@@ -99,7 +110,7 @@ def _local_shards(table: TablePlan) -> list[Shard]:
 
 def _replicated_states(model: ShardedModel, optimizer: CombinedOptimizer) -> Iterator[Piece]:
     """Of data_parallel tables, which PyTorch's optimizers update."""
-    for part in _parts_named("tables", optimizer):
+    for part in parts_named(TABLES, optimizer):
         for name, parameter in part.params.items():
             table = table_of(name, model.planner_plan)
             assert table is not None, name
@@ -111,17 +122,13 @@ def _replicated_states(model: ShardedModel, optimizer: CombinedOptimizer) -> Ite
                 yield Piece(table, key, 0, rows, 0, columns, tensor, is_replicated=True)
 
 
-def _parts_named(name: str, optimizer: CombinedOptimizer) -> list[KeyedOptimizer]:
-    return [part for own, part in optimizer.optimizers if own == name]
-
-
 # --- All else
 
 
 def dense_tensors(model: ShardedModel, optimizer: CombinedOptimizer) -> dict[str, torch.Tensor]:
     """`model/NAME` and `optimizer/NAME/STATE`: the same on every rank, not copied."""
     tensors = {f"model/{name}": value for name, value in _dense_parameters(model)}
-    for part in _parts_named("dense", optimizer):
+    for part in parts_named(DENSE, optimizer):
         for name, parameter in part.params.items():
             for key, value in part.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
@@ -144,7 +151,7 @@ def set_dense(model: ShardedModel, tensors: dict[str, torch.Tensor]) -> None:
 
 def set_dense_states(optimizer: CombinedOptimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Take over the optimizer's states that `dense_tensors` gave, of the same optimizer."""
-    for part in _parts_named("dense", optimizer):
+    for part in parts_named(DENSE, optimizer):
         for name, parameter in part.params.items():
             prefix = f"optimizer/{name}/"
             part.state[parameter] = {

@@ -18,8 +18,8 @@ from torchrec.modules.embedding_configs import DataType
 
 from planner import Plan, RequestError, TableSpec
 from planner.cost.predict import table_specs
-from shardemb.config import DenseOptimizerConfig, TableOptimizerConfig
 from shardemb.optim import make_optimizer
+from shardemb.optimizer_config import DenseOptimizerConfig, TableOptimizerConfig
 from shardemb.profiler.ids import ID_BATCHES, draw_ids
 from shardemb.profiler.timing import WARM_UP, Timing, summarize, timed
 from shardemb.sharding.shard_model import ShardedModel, shard_model
@@ -87,7 +87,6 @@ class TimedPlan:
             for weighted in (False, True)
             if any(table.weighted is weighted for table in tables)
         ]
-        # All tables of a plan train alike, as the planner's tables of one run do.
         self.model, self.optimizer = _sharded(self.parts, plan, device)
         generator = np.random.default_rng([seed, dist.get_rank()])
         drawn = [
@@ -162,8 +161,12 @@ def _sharded(
         )
         for part in parts
     ]
-    tables = TableOptimizerConfig(name=parts[0][0].optimizer)
-    model = shard_model(nn.ModuleList(collections), plan, tables, device=device)
+    tables = {
+        table.name: TableOptimizerConfig(name=table.optimizer) for part in parts for table in part
+    }
+    model = shard_model(
+        nn.ModuleList(collections), plan, table_optimizers=tables, device=device
+    )
     for state in model.buffers():  # memory never written is a page of zeros to a CPU: too fast
         state.copy_(state.clone())
     return model, make_optimizer(model, plan, DenseOptimizerConfig(), tables)

@@ -21,7 +21,7 @@ from shardemb.sharding.kernels import cpu_kernels
 def mend_empty_shards(sharded: nn.Module) -> None:
     """Make each empty shard of `sharded`'s CPU kernels count as one row that no id refers to."""
     for kernel in cpu_kernels(sharded):
-        _mend(kernel)
+        _mend(kernel.module)
 
 
 def _mend(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from planner import Plan, PlannerError, TablePlan, TableSpec
+from planner import Plan, PlannerError, RequestError, TablePlan, TableSpec
 from planner.geometry import COLUMN_MULTIPLE
 from planner.options import UNPOOLED_TYPES
+from shardemb.precision_config import CommunicationConfig
 
 
 def refuse_unsupported(plan: Plan, tables: Iterable[TableSpec], device_type: str | None) -> None:
@@ -23,6 +24,16 @@ def refuse_unsupported(plan: Plan, tables: Iterable[TableSpec], device_type: str
         )
         if problem:
             raise PlannerError(f"table {table.name}: {problem}")
+
+
+def refuse_unsendable(communication: CommunicationConfig, device_type: str | None) -> None:
+    """Raise RequestError where the backend of `device_type` cannot send what is asked for."""
+    for way in ("forward", "backward"):
+        if getattr(communication, way) == "bf16" and device_type == "cpu":
+            raise RequestError(
+                f"train.communication.{way}: TorchRec does not send bf16 over gloo, which CPUs "
+                "use; choose fp16 or fp32"
+            )
 
 
 def _type_problem(table: TableSpec, planned: TablePlan, device_type: str | None) -> str | None:

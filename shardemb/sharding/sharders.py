@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import (
+    CommType,
+    QCommsConfig,
+    get_qcomm_codecs_registry,
+)
 from torchrec.distributed.types import ModuleSharder
 
 from planner.geometry import SHARDING_TYPES
+from shardemb.precision_config import CommunicationConfig
+
+# Gradients of a mean loss are below fp16's range in large batches: they are sent multiplied by it.
+FP16_LOSS_SCALE = 1024.0
 
 
 class PooledSharder(EmbeddingBagCollectionSharder):
@@ -17,6 +27,18 @@ class PooledSharder(EmbeddingBagCollectionSharder):
         return list(SHARDING_TYPES)
 
 
-def sharders() -> list[ModuleSharder[nn.Module]]:
+def sharders(
+    communication: CommunicationConfig, device: torch.device
+) -> list[ModuleSharder[nn.Module]]:
     """Sharders for every kind of module that `shard_model` shards."""
-    return [PooledSharder(), EmbeddingCollectionSharder()]
+    scale = FP16_LOSS_SCALE if communication.backward == "fp16" else None
+    precision = QCommsConfig(
+        forward_precision=CommType(communication.forward),
+        backward_precision=CommType(communication.backward),
+        backward_loss_scale=scale,
+    )
+    codecs = get_qcomm_codecs_registry(precision, device=device)
+    return [
+        PooledSharder(qcomm_codecs_registry=codecs),
+        EmbeddingCollectionSharder(qcomm_codecs_registry=codecs),
+    ]

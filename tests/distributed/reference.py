@@ -5,6 +5,7 @@ Uses nothing of shardemb or TorchRec: `nn.EmbeddingBag`, dense gradients, textbo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -98,105 +99,124 @@ class DenseLayers(nn.Module):
         return self.out(torch.tanh(self.hidden(torch.cat([dense, pooled], dim=1))))
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How a table is trained; `frozen` are the steps in which it is not, counted from 1."""
+
+    name: str
+    lr: float = TABLE_LR
+    weight_decay: float = 0.0
+    max_gradient: float | None = None
+    frozen: range = range(0)
+
+
 @dataclass
 class Reference:
-    """`column_shards[table]` > 1 keeps one row-wise momentum for each column shard, as FBGEMM."""
+    """`column_shards[table]` > 1 keeps what is one value a row for each column shard, as FBGEMM.
+
+    `rules` are of tables that have their own; `clip` limits the gradients of dense layers.
+    """
 
     table_optimizer: str
     dense_optimizer: str
     weighted: bool
     column_shards: dict[str, int] = field(default_factory=dict)
+    rules: dict[str, Rule] = field(default_factory=dict)
+    clip: Callable[[list[nn.Parameter]], object] = lambda _: None
 
     def train(self, steps: list[Rows]) -> dict[str, torch.Tensor]:
         """Tables, their optimizer state (`NAME.state`) and dense weights after `steps`."""
         first = first_weights()
-        bags = {
-            t.name: nn.EmbeddingBag(
-                t.rows, t.dim, mode="sum", include_last_offset=True, _weight=first[t.name].clone()
+        tables = {
+            table.name: _Table(
+                table,
+                self.rules.get(table.name, Rule(self.table_optimizer)),
+                self.column_shards.get(table.name, 1),
+                first[table.name],
             )
-            for t in TABLES
+            for table in TABLES
         }
         layers = DenseLayers()
         layers.load_state_dict({n: first[n] for n in layers.state_dict()})
         make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
         make |= {"adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}
         dense = make[self.dense_optimizer](layers.parameters(), lr=DENSE_LR, weight_decay=0.0)
-        state = {t.name: self._first_state(t) for t in TABLES}
-        moments = {t.name: torch.zeros(t.rows, t.dim) for t in TABLES}
         for step, rows in enumerate(steps, start=1):
-            logits = layers(rows.dense, self._pool(bags, rows))[:, 0]
+            pooled = [each for table in tables.values() for each in table.pool(rows, self.weighted)]
+            logits = layers(rows.dense, torch.cat(pooled, dim=1))[:, 0]
             loss = nn.functional.binary_cross_entropy_with_logits(logits, rows.labels)
             dense.zero_grad()
-            for bag in bags.values():
-                bag.zero_grad()
+            for table in tables.values():
+                table.bag.zero_grad()
             loss.backward()
+            self.clip(list(layers.parameters()))
             dense.step()
-            for table in TABLES:
-                weight, shards = bags[table.name].weight, self.column_shards.get(table.name, 1)
-                if "adam" in self.table_optimizer:
-                    ids = {i for f in table.features for bag in rows.ids[f] for i in bag}
-                    self._adam(weight, moments[table.name], state[table.name], sorted(ids), step)
-                else:
-                    self._update(weight, state[table.name], shards)
-        result = {name: bag.weight.detach() for name, bag in bags.items()}
-        result |= {f"{name}.state": s for name, s in state.items() if s is not None}
+            for table in tables.values():
+                if step not in table.rule.frozen:
+                    table.update(rows)
+        result = {name: table.weight.detach() for name, table in tables.items()}
+        result |= {f"{n}.state": t.state for n, t in tables.items() if t.state is not None}
         return result | {n: p.detach() for n, p in layers.state_dict().items()}
 
-    def _pool(self, bags: dict[str, nn.EmbeddingBag], rows: Rows) -> torch.Tensor:
-        pooled = []
-        for table in TABLES:
-            for feature in table.features:
-                ids, weights = rows.ids[feature], rows.weights[feature]
-                lengths = torch.tensor([len(bag) for bag in ids])
-                offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-                scale = torch.tensor([w for bag in weights for w in bag])
-                if not self.weighted:
-                    scale = torch.ones_like(scale)
-                if table.pooling == "mean":
-                    scale = scale / lengths.repeat_interleave(lengths)
-                flat = torch.tensor([i for bag in ids for i in bag], dtype=torch.long)
-                pooled.append(bags[table.name](flat, offsets, per_sample_weights=scale))
-        return torch.cat(pooled, dim=1)
 
-    def _first_state(self, table: Table) -> torch.Tensor | None:
-        if self.table_optimizer == "sgd":
-            return None
-        if self.table_optimizer in ("adagrad", "adam"):
-            return torch.zeros(table.rows, table.dim)
-        return torch.zeros(table.rows, self.column_shards.get(table.name, 1))
+class _Table:
+    def __init__(self, table: Table, rule: Rule, shards: int, weight: torch.Tensor) -> None:
+        self.table, self.rule, self.shards, self.steps = table, rule, shards, 0
+        self.bag = nn.EmbeddingBag(
+            *(table.rows, table.dim), mode="sum", include_last_offset=True, _weight=weight.clone()
+        )
+        self.weight = self.bag.weight
+        self.moments = torch.zeros(table.rows, table.dim)
+        by_element = rule.name in ("adagrad", "adam", "lamb")
+        self.state = torch.zeros(table.rows, table.dim if by_element else shards)
+        if rule.name == "sgd":
+            self.state = None
 
-    @torch.no_grad()
-    def _adam(
-        self,
-        weight: torch.Tensor,
-        moments: torch.Tensor,
-        squares: torch.Tensor | None,
-        ids: list[int],
-        step: int,
-    ) -> None:
-        """Row by row, of those looked up; row-wise: one second moment for each column shard."""
-        assert weight.grad is not None
-        assert squares is not None
-        for row in ids:
-            gradient = weight.grad[row]
-            columns = gradient.view(squares.shape[1], -1)
-            moments[row] = 0.9 * moments[row] + 0.1 * gradient
-            squares[row] = 0.999 * squares[row] + 0.001 * (columns**2).mean(dim=1)
-            size = (squares[row] / (1 - 0.999**step)).sqrt() + EPS
-            size = size.repeat_interleave(columns.shape[1])
-            weight[row] -= TABLE_LR * moments[row] / (1 - 0.9**step) / size
+    def pool(self, rows: Rows, weighted: bool) -> Iterator[torch.Tensor]:
+        for feature in self.table.features:
+            ids, weights = rows.ids[feature], rows.weights[feature]
+            lengths = torch.tensor([len(bag) for bag in ids])
+            offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+            scale = torch.tensor([w for bag in weights for w in bag])
+            if not weighted:
+                scale = torch.ones_like(scale)
+            if self.table.pooling == "mean":
+                scale = scale / lengths.repeat_interleave(lengths)
+            flat = torch.tensor([i for bag in ids for i in bag], dtype=torch.long)
+            pooled = self.bag(flat, offsets, per_sample_weights=scale)
+            if self.rule.max_gradient:
+                pooled.register_hook(self._limit)
+            yield pooled
+
+    def _limit(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.clamp(-self.rule.max_gradient, self.rule.max_gradient)
 
     @torch.no_grad()
-    def _update(self, weight: torch.Tensor, state: torch.Tensor | None, shards: int) -> None:
-        gradient = weight.grad
-        assert gradient is not None
-        if state is None:
-            weight -= TABLE_LR * gradient
-        elif self.table_optimizer == "adagrad":
-            state += gradient**2
-            weight -= TABLE_LR * gradient / (state.sqrt() + EPS)
-        else:
-            columns = gradient.view(len(gradient), shards, -1)
-            state += (columns**2).mean(dim=2)
-            step = TABLE_LR * columns / (state.sqrt() + EPS)[:, :, None]
-            weight -= step.reshape(weight.shape)
+    def update(self, rows: Rows) -> None:
+        """Row by row, of those looked up."""
+        self.steps += 1
+        change = self._adam if "adam" in self.rule.name or "lamb" in self.rule.name else self._grad
+        for row in sorted({i for f in self.table.features for bag in rows.ids[f] for i in bag}):
+            step = change(row) + self.rule.weight_decay * self.weight[row]
+            if "lamb" in self.rule.name:
+                own, new = self.weight[row].view(self.shards, -1), step.view(self.shards, -1)
+                step = (own.norm(dim=1) / new.norm(dim=1))[:, None] * new
+            self.weight[row] -= self.rule.lr * step.flatten()
+
+    def _adam(self, row: int) -> torch.Tensor:
+        gradient = self.weight.grad[row]
+        columns = gradient.view(self.state.shape[1], -1)
+        self.moments[row] = 0.9 * self.moments[row] + 0.1 * gradient
+        self.state[row] = 0.999 * self.state[row] + 0.001 * (columns**2).mean(dim=1)
+        size = (self.state[row] / (1 - 0.999**self.steps)).sqrt() + EPS
+        size = size.repeat_interleave(columns.shape[1])
+        return self.moments[row] / (1 - 0.9**self.steps) / size
+
+    def _grad(self, row: int) -> torch.Tensor:
+        """SGD, Adagrad, and row-wise Adagrad: one sum for each column shard."""
+        gradient = self.weight.grad[row]
+        if self.state is None:
+            return gradient
+        columns = gradient.view(self.state.shape[1], -1)
+        self.state[row] += (columns**2).mean(dim=1)
+        return (columns / (self.state[row].sqrt() + EPS)[:, None]).flatten()

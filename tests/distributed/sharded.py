@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,8 +12,15 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from planner import Plan
 from shardemb.checkpoint.state import table_pieces
-from shardemb.config import ADAMS, DenseOptimizerConfig, TableOptimizerConfig
 from shardemb.data.batch import Batch
+from shardemb.optim import row_rule
+from shardemb.optimizer_config import (
+    DenseOptimizerConfig,
+    FreezeConfig,
+    GradientClippingConfig,
+    TableOptimizerConfig,
+)
+from shardemb.precision_config import CommunicationConfig
 from shardemb.ranks import pick_device
 from shardemb.sharding.shard_model import ShardedModel, shard_model
 from shardemb.trainer import Trainer
@@ -25,6 +33,7 @@ from tests.distributed.reference import (
     TABLES,
     DenseLayers,
     Rows,
+    Rule,
     first_weights,
 )
 
@@ -86,25 +95,66 @@ def train(
     steps: list[Rows],
     batch_size: int,
     device: DeviceType,
+    own: Own | None = None,
 ) -> dict[str, Any]:
     """Train on this rank's part of `steps`; what the rank then holds, for `assemble`."""
-    trainer = make_trainer(plan, table_optimizer, dense_optimizer, weighted, device)
+    trainer = make_trainer(plan, table_optimizer, dense_optimizer, weighted, device, own)
     train_steps(trainer, steps, batch_size, weighted)
     return holdings(trainer.model, trainer)
 
 
+@dataclass(frozen=True)
+class Own:
+    """What is not the same for all tables, or not plain."""
+
+    rules: dict[str, Rule] = field(default_factory=dict)
+    clipping: GradientClippingConfig = field(default_factory=GradientClippingConfig)
+    communication: CommunicationConfig = field(default_factory=CommunicationConfig)
+
+
 def make_trainer(
-    plan: Plan, table_optimizer: str, dense_optimizer: str, weighted: bool, device: DeviceType
+    plan: Plan,
+    table_optimizer: str,
+    dense_optimizer: str,
+    weighted: bool,
+    device: DeviceType,
+    own: Own | None = None,
 ) -> Trainer:
+    own = own or Own()
     tables = TableOptimizerConfig(name=table_optimizer, lr=TABLE_LR, eps=EPS)
-    model = shard_model(Model(weighted), plan, tables, device=pick_device(device))
-    return Trainer(model, DenseOptimizerConfig(name=dense_optimizer, lr=DENSE_LR))
+    model = shard_model(
+        Model(weighted),
+        plan,
+        tables,
+        table_optimizers={
+            table: TableOptimizerConfig(
+                name=rule.name,
+                lr=rule.lr,
+                eps=EPS,
+                weight_decay=rule.weight_decay,
+                max_gradient=rule.max_gradient,
+            )
+            for table, rule in own.rules.items()
+        },
+        frozen={
+            table: FreezeConfig(
+                from_step=rule.frozen.start - 1 or None, until_step=rule.frozen.stop - 1
+            )
+            for table, rule in own.rules.items()
+            if rule.frozen
+        },
+        communication=own.communication,
+        device=pick_device(device),
+    )
+    dense = DenseOptimizerConfig(name=dense_optimizer, lr=DENSE_LR)
+    return Trainer(model, dense, gradient_clipping=own.clipping)
 
 
 def train_steps(trainer: Trainer, steps: list[Rows], batch_size: int, weighted: bool) -> None:
     rank = torch.distributed.get_rank()
     for rows in steps:
         mine = rows.part(rank * batch_size, (rank + 1) * batch_size)
+        trainer.freezing.set(trainer.step + 1, epoch=1)
         trainer.train_step(pad_batch(mine, batch_size, len(rows), weighted))
         trainer.step, trainer.samples = trainer.step + 1, trainer.samples + len(rows)
 
@@ -119,20 +169,20 @@ def holdings(model: ShardedModel, trainer: Trainer) -> dict[str, Any]:
             for key, value in state.items():
                 if "embedding_bags" in name and ("momentum" in key or key == "sum"):
                     held[_short(name) + ".state"] = _pieces(value)
-    if model.table_optimizer.name in ADAMS:
-        held |= _second_moments(model, trainer)
-    return held
+    return held | _states_of_row_rules(model, trainer)
 
 
-def _second_moments(model: ShardedModel, trainer: Trainer) -> dict[str, Any]:
+def _states_of_row_rules(model: ShardedModel, trainer: Trainer) -> dict[str, Any]:
     """In the order of the plan's shards, as TorchRec lists those of its own optimizers."""
     found = {
         (piece.table, piece.row, piece.column): _on_cpu(piece.tensor.reshape(piece.rows, -1))
         for piece in table_pieces(model, trainer.optimizer)
-        if piece.state == "exp_avg_sq"
+        if piece.rows and piece.state in ("exp_avg_sq", "sum")
     }
     held: dict[str, Any] = {}
     for name, table in model.planner_plan.tables.items():
+        if row_rule(model.table_optimizers[name]) is None:
+            continue
         is_replicated = table.sharding_type == "data_parallel"
         here = [s for s in table.shards if is_replicated or s.rank == dist.get_rank()]
         held[f"{name}.state"] = [

@@ -21,10 +21,16 @@ from planner import ShardingRule, UserError, plan_by_rule
 from shardemb.checkpoint.checkpoints import Checkpoints
 from shardemb.checkpoint.listing import LIST
 from shardemb.checkpoint.store import Store
-from shardemb.config import DenseOptimizerConfig, TableOptimizerConfig
 from shardemb.data.batch import Batch
 from shardemb.data.parquet import ParquetReader
 from shardemb.data.schema import BatchSchema
+from shardemb.optimizer_config import (
+    DenseOptimizerConfig,
+    FreezeConfig,
+    GradientClippingConfig,
+    TableOptimizerConfig,
+)
+from shardemb.precision_config import CommunicationConfig, PrecisionConfig
 from shardemb.sharding.shard_model import current_topology, shard_model
 from shardemb.sharding.tables import tables_from_module
 from shardemb.trainer import Progress, Trainer
@@ -32,6 +38,10 @@ from tests.distributed.pool import WorkerPool
 
 ROWS, GLOBAL_BATCH, EPOCHS = 330, 16, 2  # the last step of an epoch is not full
 TABLES = {"t": 50, "u": 11}
+MIXED = {
+    "t": TableOptimizerConfig(name="adam", weight_decay=0.1, max_gradient=0.01),
+    "u": TableOptimizerConfig(name="partial_rowwise_lamb", lr=0.05),
+}
 
 
 class Clicks(torch.nn.Module):
@@ -69,15 +79,32 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_trainer(
     sharding_type: str, dropout: float = 0.0, rows: dict[str, int] | None = None,
-    optimizer: str = "adagrad", dense: str = "adam",
+    optimizer: str = "adagrad", dense: str = "adam", is_mixed: bool = False,
 ) -> Trainer:  # fmt: skip
+    """`is_mixed`: all that changes how tables and dense parameters are trained, at once."""
     torch.manual_seed(3)
     model = Clicks(rows or TABLES, dropout)
     specs = tables_from_module(model, optimizer=optimizer)
     plan = plan_by_rule(specs, current_topology(), ShardingRule(sharding_type=sharding_type))
     tables = TableOptimizerConfig(name=optimizer, lr=0.1)
-    sharded = shard_model(model, plan, tables, deterministic=True)
-    return Trainer(sharded, DenseOptimizerConfig(name=dense, lr=0.05))
+    dense_config = DenseOptimizerConfig(name=dense, lr=0.05)
+    if not is_mixed:
+        return Trainer(shard_model(model, plan, tables, deterministic=True), dense_config)
+    specs = [spec.model_copy(update={"optimizer": MIXED[spec.name].name}) for spec in specs]
+    sharded = shard_model(
+        model,
+        plan_by_rule(specs, current_topology(), ShardingRule(sharding_type=sharding_type)),
+        table_optimizers=MIXED,
+        frozen={"t": FreezeConfig(until_epoch=1), "u": FreezeConfig(from_step=4, until_step=9)},
+        communication=CommunicationConfig(forward="fp16", backward="fp16"),
+        deterministic=True,
+    )
+    return Trainer(
+        sharded,
+        dense_config,
+        gradient_clipping=GradientClippingConfig(norm=0.1),
+        precision=PrecisionConfig(dense="bf16"),
+    )
 
 
 def make_reader(data: Path, trainer: Trainer) -> ParquetReader:
@@ -105,9 +132,10 @@ def train(
     until: int | None = None,
     dropout: float = 0.0,
     asynchronous: bool = True,
+    is_mixed: bool = False,
 ) -> tuple[list[Progress], dict[str, torch.Tensor], list[str]]:
     """Reports, the rank's weights at the end, and the checkpoints there are."""
-    trainer = make_trainer(sharding_type, dropout)
+    trainer = make_trainer(sharding_type, dropout, is_mixed=is_mixed)
     reader = make_reader(data, trainer)
     checkpoints = Checkpoints(folder, keep_last=3, asynchronous=asynchronous)
     if resume:
@@ -136,8 +164,29 @@ def test_a_stopped_run_equals_one_never_stopped(
     """Losses, counts and weights are the same to the last bit, with dropout drawn in every step,
     whether it stopped within an epoch, at its end, or in the next; checkpoints are kept as asked
     for."""
-    whole = pool.run(run_with, data, tmp_path / "a", sharding_type, {"dropout": 0.3})
-    options = {"dropout": 0.3, "asynchronous": asynchronous}
+    check_stopped(pool, data, tmp_path, sharding_type, stop, {"asynchronous": asynchronous})
+
+
+@pytest.mark.parametrize("sharding_type", ["table_wise", "data_parallel", "row_wise"])
+@pytest.mark.parametrize("started_pool", [(2, 2)], indirect=True)
+def test_so_does_one_with_every_setting(
+    pool: WorkerPool, data: Path, tmp_path: Path, sharding_type: str
+) -> None:
+    """The same with an optimizer for each table, one frozen for an epoch and one when the run
+    stops, clipped gradients, a dense part in bf16 and embeddings sent in fp16."""
+    check_stopped(pool, data, tmp_path, sharding_type, 7, {"is_mixed": True})
+
+
+def check_stopped(
+    pool: WorkerPool,
+    data: Path,
+    tmp_path: Path,
+    sharding_type: str,
+    stop: int,
+    options: dict[str, Any],
+) -> None:
+    options = {"dropout": 0.3, **options}
+    whole = pool.run(run_with, data, tmp_path / "a", sharding_type, options)
     pool.run(run_with, data, tmp_path / "b", sharding_type, {**options, "until": stop})
     rest = pool.run(run_with, data, tmp_path / "b", sharding_type, {**options, "resume": True})
     for (reports, weights, names), (late, same, same_names) in zip(whole, rest, strict=True):

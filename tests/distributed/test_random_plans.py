@@ -21,7 +21,7 @@ from planner.cost.torchrec_estimate import TorchRecEstimate
 from planner.geometry import SHARDING_TYPES, column_shard_counts
 from planner.hardware import preset
 from planner.make_plan import make_plan
-from shardemb.config import DenseOptimizerConfig, TableOptimizerConfig
+from shardemb.optimizer_config import DenseOptimizerConfig, TableOptimizerConfig
 from shardemb.sharding.shard_model import shard_model
 from shardemb.sharding.tables import tables_from_module
 from shardemb.trainer import Trainer

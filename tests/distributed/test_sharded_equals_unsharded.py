@@ -17,9 +17,10 @@ from tests.distributed.reference import TABLES, Reference, Rows, draw_rows
 BATCH_SIZE = 6
 OPTIMIZERS = [
     *(("sgd", "sgd"), ("adagrad", "adagrad"), ("rowwise_adagrad", "adam")),
-    *(("adam", "adamw"), ("partial_rowwise_adam", "sgd")),
+    *(("adam", "adamw"), ("partial_rowwise_adam", "sgd"), ("lamb", "sgd")),
 ]
-ROWWISE = ("rowwise_adagrad", "partial_rowwise_adam")
+# They keep or compute one value for a row of each column shard.
+ROWWISE = ("rowwise_adagrad", "partial_rowwise_adam", "lamb", "partial_rowwise_lamb")
 
 # Relative and absolute. A GPU sums in another order than the reference; a wrong step is far off.
 TOLERANCES = {"cpu": (1e-5, 1e-6), "cuda": (1e-4, 1e-5)}
@@ -83,7 +84,17 @@ def check(pool: WorkerPool, plan: Plan, tables: str, dense: str, weighted: bool)
     shards = column_shards(plan) if tables in ROWWISE else {}
     expected = Reference(tables, dense, weighted, shards).train(steps)
     held = pool.run(sharded.train, plan, tables, dense, weighted, steps, BATCH_SIZE, pool.device)
-    rtol, atol = TOLERANCES[pool.device]
+    compare(held, expected, plan, *TOLERANCES[pool.device])
+
+
+def compare(
+    held: list[dict[str, Any]],
+    expected: dict[str, torch.Tensor],
+    plan: Plan,
+    rtol: float,
+    atol: float,
+) -> None:
+    """What all ranks hold is, put together, what is expected."""
     for name, value in expected.items():
         found = assemble(name, value, held, plan)
         torch.testing.assert_close(

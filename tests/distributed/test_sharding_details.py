@@ -19,7 +19,7 @@ from torchrec import (
 
 from planner import Plan, PlannerError, ShardingRule, TableSpec, Topology, plan_by_rule
 from planner.geometry import SHARDING_TYPES
-from shardemb.config import TableOptimizerConfig
+from shardemb.optimizer_config import TableOptimizerConfig
 from shardemb.sharding.initialize import BLOCK_ROWS, local_blocks
 from shardemb.sharding.shard_model import shard_model
 from tests.distributed.pool import WorkerPool
@@ -246,10 +246,13 @@ def test_column_momentum_is_warned_of_once(pool: WorkerPool) -> None:
     spec = TableSpec(name="t", num_embeddings=ROWS, embedding_dim=8)
     rule = ShardingRule(sharding_type="column_wise", column_shards=2, ranks=(0, 0))
     plan = plan_by_rule([spec], topology_of(pool), rule)
-    for optimizer in ("rowwise_adagrad", "partial_rowwise_adam"):
+    for optimizer, value in [
+        *(("rowwise_adagrad", "momentum"), ("partial_rowwise_adam", "momentum")),
+        ("lamb", "trust ratio"),
+    ]:
         first, *others = pool.run(column_warnings, plan, optimizer)
         assert len(first) == 1
-        assert f"{optimizer} keeps one momentum for each column shard" in first[0]
+        assert f"{optimizer} keeps one {value} for each column shard" in first[0]
         assert "tables t will train slightly differently" in first[0]
         assert not any(others)
     for optimizer in ("adagrad", "adam"):

@@ -18,10 +18,10 @@ from torchrec.modules.embedding_configs import DataType
 from planner import Plan, PlannerError, ShardingRule, UserError, plan_by_rule
 from planner.geometry import SHARDING_TYPES
 from shardemb.checkpoint.checkpoints import Checkpoints
-from shardemb.config import DenseOptimizerConfig, ScheduleConfig, TableOptimizerConfig
 from shardemb.data.batch import Batch
 from shardemb.data.parquet import ParquetReader
 from shardemb.data.schema import BatchSchema
+from shardemb.optimizer_config import DenseOptimizerConfig, ScheduleConfig, TableOptimizerConfig
 from shardemb.sharding.shard_model import current_topology, shard_model
 from shardemb.sharding.tables import tables_from_module
 from shardemb.trainer import Progress, Trainer

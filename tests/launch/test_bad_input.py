@@ -143,6 +143,14 @@ CONFIG_MISTAKES = {
         ["sharding.default=rowwise"],
         "sharding.default.sharding_type: Input should be 'table_wise'",
     ),
+    "embeddings in bf16 between CPUs": (
+        ["train.communication.forward=bf16"],
+        "train.communication.forward: TorchRec does not send bf16 over gloo",
+    ),
+    "a table frozen for longer than the run": (
+        ["tables.C2.frozen={until_step: 9}", "train.max_steps=9"],
+        "tables.C2.frozen: the run ends before until_step 9 is over, so the table never trains",
+    ),
     "override without a value": (["train.epochs"], "override 'train.epochs': write key.sub=value"),
 }
 

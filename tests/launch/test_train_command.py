@@ -8,11 +8,15 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+import torch
+from torchrec import EmbeddingBagConfig
 
 from planner import Plan
 from shardemb.config import load_config
-from tests.launch.tiny_run import make_data, python, shardemb, tiny_config, write_config
+from shardemb.sharding.initialize import from_seed
+from tests.launch.tiny_run import ROWS, make_data, python, shardemb, tiny_config, write_config
 
 RESULT_KEYS = {
     "steps",
@@ -182,6 +186,38 @@ def test_torchrun_shows_a_users_mistake_as_such(runs: Runs, tmp_path: Path) -> N
     ours = process.stderr.partition("ChildFailedError")[0].partition("torch.distributed.elastic")[0]
     assert "shardemb/train.py" not in ours
     assert not (tmp_path / "run").exists()
+
+
+def test_each_table_as_its_config_says(runs: Runs, tmp_path: Path) -> None:
+    """A run with an optimizer for a table, frozen ones, clipping, bf16 and fp16 communication ends
+    with other numbers, and writes down what it did. Of its tables, however sharded, those that are
+    frozen have their first values at the end, and no other."""
+    output = tmp_path / "run"
+    process = shardemb(
+        *("train", runs.config, f"output={output}", "tables.C1.optimizer={name: lamb, lr: 0.02}"),
+        *("tables.C{2..4}.frozen=true", "tables.C5.frozen={until_step: 3}"),
+        *("train.gradient_clipping.norm=0.1", "train.precision.dense=bf16"),
+        "train.communication={forward: fp16, backward: fp16}",
+    )
+    assert process.returncode == 0, process.stderr
+    result = read(output)
+    assert 0 < result["train_loss"] < 1 and result["train_loss"] != runs.result["train_loss"]
+    config = load_config(output / "config.yaml")
+    assert (config.table_optimizer("C1").name, config.table_optimizer("C6").name) == (
+        "lamb",
+        "adagrad",
+    )
+    done = shardemb("checkpoint", "export", output, tmp_path / "tables", "--format", "parquet")
+    assert done.returncode == 0, done.stderr
+    for name, rows in ROWS.items():
+        table = EmbeddingBagConfig(
+            name=name, num_embeddings=rows, embedding_dim=8, feature_names=[name]
+        )
+        first_values = from_seed(table, 0, torch.device("cpu"))
+        assert first_values is not None
+        last = pq.read_table(tmp_path / "tables" / f"{name}.parquet")["embedding"].to_pylist()
+        is_same = torch.equal(torch.tensor(last), first_values(0, rows))
+        assert is_same == (name in ("C2", "C3", "C4"))
 
 
 def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

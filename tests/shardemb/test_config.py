@@ -216,13 +216,86 @@ def test_malformed_overrides(path: Path, override: str, message: str):
         (
             "train.table_optimizer.learning_rate=1",
             "",
-            "unknown key; known are betas, eps, lr, name, weight_decay",
+            "unknown key; known are betas, eps, lr, max_gradient, name, weight_decay",
         ),
         (
             "train.table_optimizer={name: sgd, weight_decay: 0.1}",
             "",
-            "weight_decay: sgd has none; choose adam or partial_rowwise_adam, or leave it out "
+            "weight_decay: sgd has none; choose adam, partial_rowwise_adam, lamb, "
+            "partial_rowwise_lamb or rowwise_adagrad, or leave it out "
             "(found {'name': 'sgd', 'weight_decay': 0.1})",
+        ),
+        (
+            "train.table_optimizer.lr=-0.1",
+            "",
+            "Input should be greater than or equal to 0 (found -0.1)",
+        ),
+        (
+            "train.dense_optimizer.lr=-1",
+            "",
+            "Input should be greater than or equal to 0 (found -1)",
+        ),
+        ("tables.C1.optimizer.lr=-1", "", "Input should be greater than or equal to 0 (found -1)"),
+        (
+            "tables.C1.optimizer.name=addam",
+            "",
+            "there is no such optimizer; did you mean adam? (found 'addam')",
+        ),
+        ("tables.C1.optimizer.beta=1", "", "unknown key; did you mean betas?"),
+        (
+            "tables.C1.optimizer={name: adagrad, weight_decay: 1}",
+            "",
+            "weight_decay: adagrad has none; choose adam, partial_rowwise_adam, lamb, "
+            "partial_rowwise_lamb or rowwise_adagrad, or leave it out "
+            "(found {'name': 'adagrad', 'weight_decay': 1})",
+        ),
+        (
+            "tables.C1.frozen=5",
+            "",
+            "say true, or from when until when, for example {until_step: 1000} (found 5)",
+        ),
+        (
+            "tables.C1.frozen={}",
+            "",
+            "say true, or from when until when, for example {until_step: 1000} (found {})",
+        ),
+        ("tables.C1.frozen.until_stp=5", "", "unknown key; did you mean until_step?"),
+        ("tables.C1.frozen.until_step=0", "", "Input should be greater than 0 (found 0)"),
+        (
+            "tables.C1.frozen={from_step: 9, until_step: 9}",
+            "",
+            "from_step 9 is not before until_step 9: nothing is frozen "
+            "(found {'from_step': 9, 'until_step': 9})",
+        ),
+        (
+            "tables.C1.frozen={from_step: 9, until_epoch: 1}",
+            "",
+            "steps and epochs do not go together; name one of them "
+            "(found {'from_step': 9, 'until_epoch': 1})",
+        ),
+        (
+            "tables.C1.frozen={until_epoch: 1}",
+            "",
+            "the run ends before until_epoch 1 is over, so the table never trains; "
+            "say `frozen: true`, or end it earlier",
+        ),
+        ("train.gradient_clipping.norm=0", "", "Input should be greater than 0 (found 0)"),
+        ("train.gradient_clipping.value=-1", "", "Input should be greater than 0 (found -1)"),
+        (
+            "train.gradient_clipping={norm: 1, value: 1}",
+            "",
+            "norm and value do not go together; name one of them (found {'norm': 1, 'value': 1})",
+        ),
+        ("train.table_optimizer.max_gradient=0", "", "Input should be greater than 0 (found 0)"),
+        (
+            "train.precision.dense=fp16",
+            "",
+            "Input should be 'fp32' or 'bf16' (found 'fp16')",
+        ),
+        (
+            "train.communication.forward=int8",
+            "",
+            "Input should be 'fp32', 'fp16' or 'bf16' (found 'int8')",
         ),
         ("train.table_optimizer.betas=[0.9, 1]", ".1", "Input should be less than 1 (found 1)"),
         (
@@ -239,7 +312,7 @@ def test_malformed_overrides(path: Path, override: str, message: str):
         (
             "train.dense_optimizer.name=adm",
             "",
-            "Input should be 'sgd', 'adam', 'adamw' or 'adagrad' (found 'adm')",
+            "there is no such optimizer; did you mean adam? (found 'adm')",
         ),
         ("tables.C1.embedding_dim=6", "", "Input should be a multiple of 4 (found 6)"),
         (
@@ -363,6 +436,52 @@ def test_our_configs_load_and_round_trip(config_path: Path, tmp_path: Path):
     assert load_config(written) == config
 
 
+def test_a_table_has_what_its_optimizer_leaves_out_from_that_of_all(path: Path):
+    """By exact name, range and override; a table without its own has that of all. The planner
+    counts the state of each."""
+    config = load_config(
+        path,
+        [
+            "train.table_optimizer={name: adam, lr: 0.5, eps: 0.25}",
+            "tables.C{1..2}.optimizer={name: sgd}",
+            "tables.C2.optimizer.lr=0.125",
+            "tables.C3.optimizer={}",
+        ],
+    )
+    found = {name: config.table_optimizer(name) for name in config.tables}
+    assert {n: (o.name, o.lr, o.eps) for n, o in found.items()} == {
+        "C1": ("sgd", 0.5, 0.25),
+        "C2": ("sgd", 0.125, 0.25),
+        "C3": ("adam", 0.5, 0.25),
+        "C4": ("adam", 0.5, 0.25),
+    }
+    planned = {spec.name: spec.optimizer for spec in config.table_specs()}
+    assert planned == {"C1": "sgd", "C2": "sgd", "C3": "adam", "C4": "adam"}
+
+
+@pytest.mark.parametrize(
+    ("frozen", "steps", "epochs"),
+    [
+        ("false", set(), set()),
+        ("true", {1, 2, 3, 4, 5}, {1, 2, 3}),
+        ("{until_step: 2}", {1, 2}, set()),
+        ("{from_step: 3}", {4, 5}, set()),
+        ("{from_step: 2, until_step: 4}", {3, 4}, set()),
+        ("{until_epoch: 1}", set(), {1}),
+        ("{from_epoch: 2}", set(), {3}),
+    ],
+)
+def test_when_a_table_is_frozen(path: Path, frozen: str, steps: set[int], epochs: set[int]):
+    """By hand: steps and epochs count from 1; what a run writes down says the same."""
+    config = load_config(path, [f"tables.C1.frozen={frozen}", "train.epochs=3"])
+    freeze = config.tables["C1"].frozen
+    of_steps = {step for step in range(1, 6) if freeze and freeze.holds(step, 0)}
+    of_epochs = {epoch for epoch in range(1, 4) if freeze and freeze.holds(0, epoch)}
+    assert (of_steps or of_epochs) == (steps or epochs)
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+
+
 def test_resolved_config_round_trips(path: Path, tmp_path: Path):
     """Overrides, ranges and odd names are all in the resolved file."""
     overrides = ["tables.no={num_embeddings: 3, embedding_dim: 4}", "model.args.x=1e-3"]
@@ -424,6 +543,9 @@ def test_editors_accept_our_configs(config_path: Path):
         ("tables: {C3: {embedding_dim: x}}", False),
         ("tables: {C3: {embedding: 4}}", False),
         ("train: {batchsize: 4}", False),
+        ("tables: {C3: {optimizer: {lr: 0.1}, frozen: true}}", True),
+        ("tables: {C3: {frozen: {until_step: 4}}}", True),
+        ("tables: {C3: {frozen: {until: 4}}}", False),
     ],
 )
 def test_editors_mark_mistakes(section: str, accepted: bool):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardemb.config import ScheduleConfig
+from shardemb.optimizer_config import ScheduleConfig
 from shardemb.schedule import factor
 
 

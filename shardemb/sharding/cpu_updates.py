@@ -1,39 +1,38 @@
-"""Adam inside backward on CPU, where FBGEMM has no kernel for it.
+"""Row rules inside backward on CPU, where FBGEMM has no kernel for them.
 
 FBGEMM's kernel keeps the weights and pools; its backward, which would be SGD's, is never run.
-Instead the gradients of a row's lookups are summed, and the row is changed by `RowAdam`.
+Instead the gradients of a row's lookups are summed, and the row is changed by the table's rule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    PoolingMode,
-    SplitTableBatchedEmbeddingBagsCodegen,
-)
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import PoolingMode
 from torch import nn
 
-from shardemb.row_adam import RowAdam
-from shardemb.sharding.kernels import cpu_kernels
+from shardemb.row_rules import RowRule
+from shardemb.sharding.kernels import Kernel, cpu_kernels
 
 
-class KernelAdam:
+class KernelUpdates:
     """Takes over the updates of one kernel's tables."""
 
-    def __init__(self, kernel: SplitTableBatchedEmbeddingBagsCodegen, rule: RowAdam) -> None:
-        self.rule, self.step = rule, 0
-        self.weights: list[torch.Tensor] = kernel.split_embedding_weights()
+    def __init__(self, kernel: Kernel, rule: RowRule) -> None:
+        module = kernel.module
+        self.rule, self.tables = rule, kernel.tables
+        self.steps = [0] * len(self.tables)  # of each table so far
+        self.weights: list[torch.Tensor] = module.split_embedding_weights()
         self.states = [rule.new_states(weight) for weight in self.weights]
-        self.plain_forward = kernel.forward
-        self._table_of_feature = list(kernel.feature_table_map)
-        self._is_pooled = kernel.pooling_mode != PoolingMode.NONE
+        self.plain_forward = module.forward
+        self._table_of_feature = list(module.feature_table_map)
+        self._is_pooled = module.pooling_mode != PoolingMode.NONE
         # Of no use but to have autograd call backward.
         self._hook = torch.zeros((), requires_grad=True)
-        kernel.forward = self.forward
+        module.forward = self.forward
 
     def forward(
         self,
@@ -56,14 +55,14 @@ class KernelAdam:
         gradient: torch.Tensor,
     ) -> None:
         """One step, by the gradient of what `forward` gave."""
-        self.step += 1
+        self.steps = [step + 1 for step in self.steps]
         lookups = list(self._lookups(indices.long(), offsets.long(), weights, gradient.float()))
         for table, weight in enumerate(self.weights):
             own = [lookup[1:] for lookup in lookups if lookup[0] == table]
             if not own or not sum(len(ids) for ids, _, _, _ in own):
                 continue
             rows, summed = _sum_over_lookups(own)
-            self.rule.update(weight, self.states[table], rows, summed, self.step)
+            self.rule.update(weight, self.states[table], rows, summed, self.steps[table])
 
     def _lookups(
         self,
@@ -116,7 +115,7 @@ class _Lookup(torch.autograd.Function):
     def forward(
         ctx: Any,
         hook: torch.Tensor,
-        optimizer: KernelAdam,
+        optimizer: KernelUpdates,
         indices: torch.Tensor,
         offsets: torch.Tensor,
         weights: torch.Tensor | None,
@@ -134,6 +133,13 @@ class _Lookup(torch.autograd.Function):
         return (None,) * 6
 
 
-def take_over_updates(sharded: nn.Module, rule: RowAdam) -> list[KernelAdam]:
-    """Have every CPU kernel of a sharded model updated by `rule`."""
-    return [KernelAdam(kernel, rule) for kernel in cpu_kernels(sharded)]
+def take_over_updates(
+    sharded: nn.Module, rules: Mapping[str, RowRule | None]
+) -> list[KernelUpdates]:
+    """Have the CPU kernels of tables that have a rule updated by it; tables of one kernel have the
+    same optimizer."""
+    return [
+        KernelUpdates(kernel, rule)
+        for kernel in cpu_kernels(sharded)
+        if (rule := rules[kernel.tables[0]])
+    ]
