@@ -164,9 +164,7 @@ def _sharded(
     tables = {
         table.name: TableOptimizerConfig(name=table.optimizer) for part in parts for table in part
     }
-    model = shard_model(
-        nn.ModuleList(collections), plan, table_optimizers=tables, device=device
-    )
+    model = shard_model(nn.ModuleList(collections), plan, table_optimizers=tables, device=device)
     for state in model.buffers():  # memory never written is a page of zeros to a CPU: too fast
         state.copy_(state.clone())
     return model, make_optimizer(model, plan, DenseOptimizerConfig(), tables)
