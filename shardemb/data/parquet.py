@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,8 @@ class ParquetReader:
     Batches are made in a thread of their own, a few ahead.
 
     With `skip_damaged`, row groups that cannot be decoded are left out: their rows are padding, in
-    `skipped` is what they were.
+    `skipped` is what they were. What was left out is known to the rank that reads it alone, so that
+    ranks count the rows of each step together then.
     """
 
     def __init__(
@@ -100,9 +103,20 @@ class ParquetReader:
         return self._resumed[0]
 
     def epoch(self, epoch: int = 0) -> Generator[Batch, None, None]:
-        """`steps_left(epoch)` batches."""
+        """`steps_left(epoch)` batches. With `skip_damaged` all ranks must take each together."""
         gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
-        return prefetch(self._blocks(epoch, gpu), READY_BATCHES)
+        batches = prefetch(self._blocks(epoch, gpu), READY_BATCHES)
+        return batches if self._on_damage is None else self._counted(batches)
+
+    def _counted(self, batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+        """With the rows that are there; a collective for each, where ranks are the group's."""
+        with closing(batches):
+            for batch in batches:
+                rows = batch.mask.sum(dtype=torch.int64)
+                if 1 < self.world_size == _world_size():
+                    rows = rows.to(_device_of_collectives())
+                    dist.all_reduce(rows)
+                yield replace(batch, global_rows=int(rows))
 
     # --- Where an epoch stands
 
@@ -232,6 +246,11 @@ def _rank() -> int:
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _device_of_collectives() -> torch.device:
+    is_nccl = dist.get_backend() == dist.Backend.NCCL
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
 
 
 def _portions(lanes: Sequence[_Lane], steps: int) -> Iterator[Portion]:

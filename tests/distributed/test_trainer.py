@@ -169,6 +169,44 @@ def test_a_loss_that_is_no_number_names_its_rows(
         assert name in message
 
 
+def losses_without_learning(folder: Path) -> tuple[float, int]:
+    """The mean loss that is told over an epoch at a learning rate of zero, and its rows."""
+    torch.manual_seed(0)
+    trainer, total, seen = make_trainer("row_wise", lr=0.0), 0.0, 0
+    schema = BatchSchema.for_tables(trainer.model.table_specs)
+    reader = ParquetReader(folder, schema, batch_size=BATCH_SIZE, shuffle=True, skip_damaged=True)
+    reports: list[Progress] = []
+    trainer.train(reader, report_every=1, report=reports.append)
+    for report in reports:
+        total += report.train_loss * (report.samples - seen)
+        seen = report.samples
+    return total / seen, seen
+
+
+def test_rows_left_out_have_no_part_in_the_mean(
+    pool: WorkerPool, folder: Path, tmp_path: Path
+) -> None:
+    """With row groups damaged and left out, on whichever rank, loss and rows are those of data that
+    never had them."""
+    rows = pq.read_table(folder / "rows.parquet")
+    path = tmp_path / "damaged" / "rows.parquet"
+    path.parent.mkdir()
+    options = {"row_group_size": 20, "write_page_checksum": True, "use_dictionary": False}
+    pq.write_table(rows, path, compression="none", **options)
+    content, damaged = bytearray(path.read_bytes()), [0, 7, 8, 33]
+    for group in damaged:
+        column = pq.read_metadata(path).row_group(group).column(1)
+        content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    path.write_bytes(content)
+    left = [row for row in range(ROWS) if row // 20 not in damaged]
+    (tmp_path / "whole").mkdir()
+    pq.write_table(rows.take(left), tmp_path / "whole" / "rows.parquet", row_group_size=20)
+    whole = pool.run(losses_without_learning, tmp_path / "whole")
+    for found, expected in zip(pool.run(losses_without_learning, path.parent), whole, strict=True):
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert found[1] == len(left)
+
+
 def weights_after_training(folder: Path, sharding_type: str) -> bool:
     trainer = make_trainer(sharding_type, dtype="FP16", optimizer="rowwise_adagrad")
     schema = BatchSchema.for_tables(tables_from_module(Clicks()))
