@@ -173,11 +173,16 @@ def synth(
     weighted = [name for name, f in config.data.features.items() if f.weights]
     if weighted:
         raise RequestError(f"data.features.{weighted[0]}.weights: weights are not drawn; leave out")
+    schema = BatchSchema.from_config(config)
+    if {label.column for label in schema.labels} != {config.data.label}:
+        raise RequestError(
+            f"train.tasks: of labels, {config.data.label} (data.label) alone is drawn"
+        )
     pooling = {f: t.pooling_factor for t in config.table_specs() for f in t.feature_names}
     histogram_of = read_histograms(reuse) if reuse else lambda name: None
     features = [
         SyntheticFeature(f.column, f.num_embeddings, pooling[f.name], histogram_of(f.name))
-        for f in {f.column: f for f in BatchSchema.from_config(config).features}.values()
+        for f in {f.column: f for f in schema.features}.values()
     ]
     with stderr.status("drawing rows") as status:
         info = synthesize(

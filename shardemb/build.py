@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from planner import Plan, Topology
+from shardemb.best_step import BestStep
 from shardemb.config import RunConfig
 from shardemb.data.parquet import ParquetReader
 from shardemb.data.schema import BatchSchema
@@ -52,13 +53,27 @@ def build_trainer(config: RunConfig, device: torch.device) -> Trainer:
         seed=config.seed,
         deterministic=config.train.deterministic,
     )
+    torch.manual_seed(config.seed + 1 + dist.get_rank())  # ranks drop other units out
     return Trainer(
         sharded,
         config.train.dense_optimizer,
         config.train.schedule,
         gradient_clipping=config.train.gradient_clipping,
         precision=config.train.precision,
+        tasks=config.tasks,
+        metrics=config.metrics,
+        best=_best_step(config),
     )
+
+
+def _best_step(config: RunConfig) -> BestStep | None:
+    if config.evaluation.every_steps is None:
+        return None
+    metric, stopping = config.best_metric, config.evaluation.early_stopping
+    assert metric.kind.best
+    if stopping is None:
+        return BestStep(metric.key, metric.kind.best)
+    return BestStep(metric.key, metric.kind.best, stopping.patience, stopping.min_delta)
 
 
 def _agree_on_plan(config: RunConfig, topology: Topology) -> Plan:

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from planner import RequestError, ShardingRule, TableSpec
+from planner import RequestError, ShardingRule, TableSpec, UserError
 from planner.constraints import TableConstraint
 from planner.cost.shipped import profile_path, shipped
 from planner.geometry import ShardingType
@@ -26,6 +26,7 @@ from planner.request import COST_MODELS
 from planner.strict_yaml import read_yaml
 from planner.tables import DataType
 from planner.validation import explain, nearest
+from shardemb.metrics.catalog import TaskMetric, metrics_of
 from shardemb.optimizer_config import (
     DenseOptimizerConfig,
     Freeze,
@@ -35,6 +36,7 @@ from shardemb.optimizer_config import (
 )
 from shardemb.precision_config import CommunicationConfig, PrecisionConfig
 from shardemb.section import Section as _Section
+from shardemb.tasks import LossOrName, Task, TaskConfig
 from shardemb.yaml_config import apply_overrides, expand_keys, expand_names
 
 
@@ -87,10 +89,15 @@ class FeatureConfig(_Section):
 
 
 class DataConfig(_Section):
-    """The data set: a folder with train/ and test/ in it, each of Parquet files."""
+    """The data set: a folder with train/, test/ and perhaps valid/, each of Parquet files."""
 
     dir: str = Field(description="a folder, a glob of folders, or a URL: s3://bucket/folder")
-    label: str = "label"
+    label: str = Field(default="label", description="a column, where there are no train.tasks")
+    group: str | None = Field(
+        default=None,
+        description="column of integers or text: rows with one value, a user or a session, are "
+        "ranked among each other",
+    )
     dense: DenseConfig = DenseConfig()
     features: dict[str, FeatureConfig] = Field(
         default_factory=dict, description="only where a feature is not simply a column of ids"
@@ -110,9 +117,12 @@ class DataConfig(_Section):
 
     def splits(self) -> list[str]:
         """`train`, and `test` where the data set has one."""
+        return ["train", "test"] if self.has_split("test") else ["train"]
+
+    def has_split(self, name: str) -> bool:
         from shardemb.data.sources import has_folder  # here: the planner does without Arrow
 
-        return ["train", "test"] if has_folder(self.split("test")) else ["train"]
+        return has_folder(self.split(name))
 
     def split(self, name: str) -> str:
         """Where the files of a split are."""
@@ -247,12 +257,55 @@ class TrainConfig(_Section):
         description="the same bits whether or not the run was stopped; somewhat slower",
     )
     log_every: int = Field(default=20, gt=0, description="steps between lines in metrics.jsonl")
+    loss: LossOrName | None = Field(
+        default=None, description="of data.label; default: binary_cross_entropy"
+    )
+    tasks: dict[str, TaskConfig] = Field(
+        default_factory=dict,
+        description="instead of `loss`: several losses, each of its own labels, summed",
+    )
     table_optimizer: TableOptimizerConfig = TableOptimizerConfig()
     dense_optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     gradient_clipping: GradientClippingConfig = GradientClippingConfig()
     precision: PrecisionConfig = PrecisionConfig()
     communication: CommunicationConfig = CommunicationConfig()
+
+
+class EarlyStoppingConfig(_Section):
+    """Stop where `evaluation.metric` does not get better any more."""
+
+    patience: int = Field(gt=0, description="evaluations without a better one before it stops")
+    min_delta: float = Field(default=0.0, ge=0, description="what counts as better is more by this")
+    restore_best: bool = Field(default=True, description="end with the weights of the best step")
+
+
+class EvaluationConfig(_Section):
+    """How the model is judged: on the test split at the end, and while it trains."""
+
+    metrics: tuple[str, ...] = Field(
+        default=(),
+        description="of each task that they fit, TASK/METRIC of one; default: those of the losses",
+    )
+    every_steps: int | None = Field(
+        default=None, gt=0, description="also while training; default: at its end alone"
+    )
+    split: Literal["test", "valid"] = Field(
+        default="test", description="what is evaluated while training"
+    )
+    metric: str | None = Field(
+        default=None, description="that says which step is best; default: the first of metrics"
+    )
+    early_stopping: EarlyStoppingConfig | None = None
+
+    @model_validator(mode="after")
+    def _while_training(self) -> EvaluationConfig:
+        for key in ("metric", "early_stopping"):
+            if getattr(self, key) is not None and self.every_steps is None:
+                raise ValueError(
+                    f"{key}: nothing is evaluated while training; set evaluation.every_steps"
+                )
+        return self
 
 
 class CheckpointConfig(_Section):
@@ -265,13 +318,17 @@ class CheckpointConfig(_Section):
         default=None, gt=0, description="default: one checkpoint, at the end of training"
     )
     keep_last: int = Field(default=2, gt=0)
+    keep_best: bool = Field(
+        default=False,
+        description="save each step whose evaluation is the best so far, and keep the last of them",
+    )
     asynchronous: bool = Field(
         default=True,
         description="train on while a copy is written; false: no memory for a copy is needed",
     )
     resume: str | None = Field(
         default=None,
-        description="go on in the run directory `output`: latest, or the name of a checkpoint",
+        description="go on in the run directory `output`: latest, best, or a checkpoint's name",
     )
 
 
@@ -292,6 +349,7 @@ class RunConfig(_Section):
     model: ModelConfig = ModelConfig()
     sharding: ShardingConfig = ShardingConfig()
     train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     launch: LaunchConfig = LaunchConfig()
 
@@ -346,6 +404,83 @@ class RunConfig(_Section):
                         f"{table.name}, whose rows are 0 to {table.num_embeddings - 1}"
                     )
         return self
+
+    @model_validator(mode="after")
+    def _losses_and_metrics_agree(self) -> RunConfig:
+        if self.train.loss and self.train.tasks:
+            raise ValueError(
+                "train.loss: with train.tasks each task has a loss of its own; remove one of them"
+            )
+        try:
+            metrics = self.metrics
+        except ValueError as error:
+            raise ValueError(f"evaluation.metrics: {error}") from error
+        if self.data.group is None:
+            for task in self.tasks:
+                if task.is_ranking:
+                    key = f"train.tasks.{task.name}.loss" if self.train.tasks else "train.loss"
+                    raise ValueError(f"{key}: {task.loss} ranks rows in groups; set data.group")
+            for metric in metrics:
+                if metric.kind.is_grouped:
+                    raise ValueError(
+                        f"evaluation.metrics: {metric.key} is of rows in groups; set data.group"
+                    )
+        if self.evaluation.every_steps:
+            _ = self.best_metric
+        elif self.checkpoint.keep_best:
+            raise ValueError(
+                "checkpoint.keep_best: nothing is evaluated while training; set "
+                "evaluation.every_steps"
+            )
+        return self
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What the model learns; one task, of `data.label`, unless there are `train.tasks`."""
+        if self.train.tasks:
+            return tuple(Task.of(name, task) for name, task in self.train.tasks.items())
+        loss = {"loss": self.train.loss} if self.train.loss else {}
+        return (Task.of(self.data.label, TaskConfig(**loss)),)
+
+    @property
+    def metrics(self) -> list[TaskMetric]:
+        return metrics_of(self.tasks, self.evaluation.metrics)
+
+    @property
+    def best_metric(self) -> TaskMetric:
+        """Which says what step is best."""
+        metrics = self.metrics
+        name = self.evaluation.metric or metrics[0].key
+        for metric in metrics:
+            if metric.key == name and metric.kind.best:
+                return metric
+        known = [metric.key for metric in metrics if metric.kind.best]
+        if name in [metric.key for metric in metrics]:
+            raise ValueError(
+                f"evaluation.metric: neither more nor less of {name} is better; choose from "
+                f"{', '.join(known)}"
+            )
+        raise ValueError(
+            f"evaluation.metric: {name} is none of evaluation.metrics{nearest(name, known)}"
+        )
+
+    def splits(self) -> list[str]:
+        """Those that the run reads; UserError where the one to evaluate while training is none."""
+        splits = self.data.splits()
+        if self.evaluation.every_steps is None:
+            return splits
+        split = self.evaluation.split
+        if not self.data.has_split(split):
+            raise UserError(
+                f"evaluation.every_steps: data.dir {self.data.dir} has no {split}/ folder to "
+                "evaluate on (evaluation.split)"
+            )
+        return list(dict.fromkeys([*splits, split]))
+
+    @property
+    def keeps_best(self) -> bool:
+        stopping = self.evaluation.early_stopping
+        return self.checkpoint.keep_best or (stopping is not None and stopping.restore_best)
 
     def feature(self, name: str) -> FeatureConfig:
         return self.data.features.get(name, FeatureConfig())

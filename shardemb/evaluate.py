@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from shardemb.config import RunConfig, load_config
@@ -40,7 +39,7 @@ def run(config: RunConfig, checkpoint: str, result: Path) -> None:
         tell(f"evaluating the checkpoint of step {manifest.step}")
         evaluation = trainer.evaluate(reader.epoch())
         if dist.get_rank() == 0:
-            found = {"step": manifest.step, "eval": asdict(evaluation)}
+            found = {"step": manifest.step, "eval": evaluation.to_json()}
             write_json(result, without_nan(found))
 
 

@@ -23,5 +23,5 @@ def check_run(config: RunConfig, topology: Topology) -> None:
     read_info(config.data.dir)
     schema = BatchSchema.from_config(config)
     check_vocabularies(schema)
-    for split in config.data.splits():
+    for split in config.splits():
         read_windows(parquet_files(config.data.split(split)), schema)

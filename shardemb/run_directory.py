@@ -226,6 +226,8 @@ def summarize(config: RunConfig, result: dict[str, Any]) -> str:
     lines = [f"trained {result['steps']} steps{shown}"]
     if result["embeddings"]:
         lines.append(_summarize_embeddings(result["embeddings"]))
+    if result.get("best"):
+        lines.append(_summarize_best(config, result["best"]))
     if result["eval"]:
         lines.append(summarize_evaluation(config, result["eval"]))
     return "\n".join([*lines, f"run directory: {config.output}"])
@@ -237,12 +239,24 @@ def _summarize_embeddings(found: dict[str, Any]) -> str:
     return f"embeddings {found['step_ms']:.3g} ms a step{expected}"
 
 
-def summarize_evaluation(config: RunConfig, metrics: dict[str, Any]) -> str:
-    info = read_info(config.data.dir)
+def _summarize_best(config: RunConfig, best: dict[str, Any]) -> str:
+    title, restored = config.best_metric.title, ", restored" if best["restored"] else ""
+    return (
+        f"best step {best['step']}: {config.evaluation.split} {title} {best['value']:.4f}{restored}"
+    )
+
+
+def summarize_evaluation(config: RunConfig, metrics: dict[str, Any], split: str = "test") -> str:
+    """`metrics` by their keys, next to the AUC that could be reached on the test split."""
+    info = read_info(config.data.dir) if split == "test" else None
     best = info.best_reachable if info else None
-    reachable = f" (best reachable {best.auc:.4f})" if best else ""
-    auc, logloss = (_shown(metrics[name]) for name in ("auc", "logloss"))
-    return f"test AUC {auc}{reachable}, log loss {logloss}"
+    shown = []
+    for metric in config.metrics:
+        if metric.key in metrics:
+            is_reachable = best and metric.key == "auc" and metric.task.name == config.data.label
+            reachable = f" (best reachable {best.auc:.4f})" if best and is_reachable else ""
+            shown.append(f"{metric.title} {_shown(metrics[metric.key])}{reachable}")
+    return f"{split} {', '.join(shown)}"
 
 
 def _shown(metric: float | None) -> str:

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from planner import RequestError, UserError
@@ -19,9 +18,8 @@ if TYPE_CHECKING:
     from shardemb.checkpoint.checkpoints import Checkpoints
     from shardemb.data.order import Window
     from shardemb.data.parquet import ParquetReader
-    from shardemb.metrics.evaluation import Evaluation
     from shardemb.metrics.run_log import RunLog
-    from shardemb.trainer import Progress, Trainer
+    from shardemb.trainer import Progress, Trainer, Validation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,15 +43,16 @@ def run(config: RunConfig) -> None:
     with process_group(config.launch.device) as device:
         tell(f"reading the footers of {config.data.dir}")
         train_data = build_reader(config, "train")
-        test_data = build_reader(config, "test") if "test" in config.data.splits() else None
+        others = {name: build_reader(config, name) for name in config.splits() if name != "train"}
         tell("reading the first batches")
-        _try_first_batch(train_data, test_data)
+        _try_first_batch(train_data, *others.values())
         trainer = build_trainer(config, device)
         plan = trainer.model.planner_plan
         directory = RunDirectory(config, plan) if dist.get_rank() == 0 else None
         checkpoints = Checkpoints(
             config.checkpoint_dir,
             keep_last=config.checkpoint.keep_last,
+            keep_best=config.keeps_best,
             asynchronous=config.checkpoint.asynchronous,
         )
         if _resume(config, checkpoints, trainer, train_data):
@@ -64,12 +63,9 @@ def run(config: RunConfig) -> None:
             tell(f"no checkpoint in {config.checkpoint_dir}: starting from the beginning")
         tell(f"training on {plan.topology.world_size} x {device.type}")
         with directory or nullcontext():
-            progress, evaluation = _train(
-                config, trainer, train_data, test_data, directory, checkpoints
-            )
-            result = _result(trainer, progress, evaluation, checkpoints)
+            result = _train(config, trainer, train_data, others, directory, checkpoints)
             if config.data.on_error == "skip":
-                result["skipped_rows"] = _skipped_rows(train_data, test_data)
+                result["skipped_rows"] = _skipped_rows(train_data, *others.values())
             if directory:
                 result = without_nan(result)
                 directory.write_result(result)
@@ -77,20 +73,19 @@ def run(config: RunConfig) -> None:
                     print(summarize(config, result))
 
 
-def _try_first_batch(*readers: ParquetReader | None) -> None:
+def _try_first_batch(*readers: ParquetReader) -> None:
     """Have a mistake that is everywhere in the data told now: the test split is read last."""
     for reader in readers:
-        if reader:
-            batches = reader.epoch()
-            next(batches)
-            batches.close()
+        batches = reader.epoch()
+        next(batches)
+        batches.close()
 
 
-def _skipped_rows(*readers: ParquetReader | None) -> int:
+def _skipped_rows(*readers: ParquetReader) -> int:
     """Of the damaged row groups that any rank came upon; a collective."""
     import torch.distributed as dist
 
-    own = {window for reader in readers if reader for window in reader.skipped}
+    own = {window for reader in readers for window in reader.skipped}
     ranks: list[set[Window]] = [set()] * dist.get_world_size()
     dist.all_gather_object(ranks, own)
     return sum(window.rows for window in set().union(*ranks))
@@ -122,14 +117,15 @@ def _train(
     config: RunConfig,
     trainer: Trainer,
     train_data: ParquetReader,
-    test_data: ParquetReader | None,
+    others: dict[str, ParquetReader],
     directory: RunDirectory | None,
     checkpoints: Checkpoints,
-) -> tuple[Progress | None, Evaluation | None]:
+) -> dict[str, Any]:
+    """Train and evaluate; the run's result."""
     last = trainer.last_step(train_data, config.train.epochs, config.train.max_steps)
-    if config.checkpoint.every_steps:
+    if config.checkpoint.every_steps or config.keeps_best:
         checkpoints.prepare(trainer)
-    with _log(directory, last, trainer.step + 1) as log:
+    with _log(config, directory, last, trainer.step + 1) as log:
         progress = trainer.train(
             train_data,
             epochs=config.train.epochs,
@@ -138,30 +134,59 @@ def _train(
             report=log.report if log else None,
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint.every_steps,
+            validation=_validation(config, others, log),
         )
         if log and progress is None:
             log.begin()
-        if log and test_data:
+        best = _restore_best(config, trainer, checkpoints)
+        if log and "test" in others:
             log.evaluating()
-        evaluation = trainer.evaluate(test_data.epoch()) if test_data else None
+        evaluation = trainer.evaluate(others["test"].epoch()) if "test" in others else None
         if log and evaluation:
             log.evaluated(evaluation, trainer.step)
-    return progress, evaluation
+        found = {"eval": evaluation.to_json() if evaluation else None}
+        return {**_result(trainer, progress, checkpoints), **best, **found}
 
 
-def _log(directory: RunDirectory | None, last: int, first: int) -> RunLog | nullcontext[None]:
+def _log(
+    config: RunConfig, directory: RunDirectory | None, last: int, first: int
+) -> RunLog | nullcontext[None]:
     if directory is None:
         return nullcontext()
     from shardemb.metrics.run_log import RunLog
 
-    return RunLog(directory, last, first)
+    return RunLog(config, directory, last, first)
+
+
+def _validation(
+    config: RunConfig, others: dict[str, ParquetReader], log: RunLog | None
+) -> Validation | None:
+    from shardemb.trainer import Validation
+
+    every, reader = config.evaluation.every_steps, others.get(config.evaluation.split)
+    if every is None or reader is None:
+        return None
+    return Validation(reader, every, log.validated if log else None)
+
+
+def _restore_best(config: RunConfig, trainer: Trainer, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Have the weights of the best step, where that is asked for; what result.json says of it."""
+    from shardemb.build import tell
+    from shardemb.checkpoint.checkpoints import BEST
+
+    best, stopping = trainer.best, config.evaluation.early_stopping
+    if best is None or best.step is None:
+        return {}
+    restores = stopping is not None and stopping.restore_best and checkpoints.best is not None
+    if restores and best.step != trainer.step:
+        tell(f"restoring step {best.step}")
+        checkpoints.load(trainer, BEST, weights_only=True)
+    step = {"step": best.step, "metric": best.metric, "value": best.value, "restored": restores}
+    return {"best": step}
 
 
 def _result(
-    trainer: Trainer,
-    progress: Progress | None,
-    evaluation: Evaluation | None,
-    checkpoints: Checkpoints,
+    trainer: Trainer, progress: Progress | None, checkpoints: Checkpoints
 ) -> dict[str, Any]:
     """Speed and loss are None where a run that went on had no step left to train."""
     plan = trainer.model.planner_plan
@@ -176,7 +201,6 @@ def _result(
         "plan_fingerprint": plan.fingerprint,
         "embeddings": _embeddings(trainer),
         "checkpoint": checkpoints.store.path(checkpoints.names[-1]),
-        "eval": asdict(evaluation) if evaluation else None,
     }
 
 

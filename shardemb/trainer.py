@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from planner import UserError
+from shardemb.best_step import BestStep
 from shardemb.checkpoint.checkpoints import Checkpoints
 from shardemb.data.batch import Batch
 from shardemb.data.parquet import ParquetReader
 from shardemb.freezing import Freezing
+from shardemb.losses import Loss
+from shardemb.metrics.catalog import TaskMetric
 from shardemb.metrics.evaluation import Evaluation, Evaluator
 from shardemb.metrics.stage_clock import StageClock
 from shardemb.optim import clip_dense_gradients, make_optimizer
@@ -29,6 +31,7 @@ from shardemb.optimizer_config import (
 from shardemb.precision_config import PrecisionConfig
 from shardemb.schedule import LearningRates
 from shardemb.sharding.shard_model import ShardedModel
+from shardemb.tasks import Task
 
 # The first steps build buckets, thread pools and caches: speed is measured after them.
 WARMUP_STEPS = 10
@@ -48,11 +51,23 @@ class Progress:
     data_wait_fraction: float  # of this rank's time
 
 
-class Trainer:
-    """Trains a sharded model on binary labels.
+@dataclass(frozen=True)
+class Validation:
+    """Evaluation while training, after every so many steps; `report` gets it, its step and
+    whether that is the best so far."""
 
-    The loss is the mean binary cross-entropy over the rows of all ranks; `model(batch)` gives
-    one logit a row, [batch_size] or [batch_size, 1].
+    reader: ParquetReader
+    every_steps: int
+    report: Callable[[Evaluation, int, bool], None] | None = None
+
+
+class Trainer:
+    """Trains a sharded model on `tasks`, by default on one binary label.
+
+    The loss is the mean over the rows of all ranks (see `Loss`); `model(batch)` gives
+    [batch_size, outputs], or [batch_size] where there is one: a logit for each label, for
+    cross-entropy one for each class. `metrics` are evaluated, by default those of the losses;
+    `best` is told of validations and stops training.
     """
 
     def __init__(
@@ -63,8 +78,13 @@ class Trainer:
         *,
         gradient_clipping: GradientClippingConfig | None = None,
         precision: PrecisionConfig | None = None,
+        tasks: tuple[Task, ...] = (Task(),),
+        metrics: Sequence[TaskMetric] | None = None,
+        best: BestStep | None = None,
     ) -> None:
         self.model = model
+        self.tasks, self.metrics, self.best = tasks, metrics, best
+        self.loss = Loss(tasks)
         self.device = model.device
         self.clock = StageClock(model, self.device)
         self.step, self.samples = 0, 0  # trained so far; samples are rows over all ranks
@@ -84,10 +104,10 @@ class Trainer:
         batch = batch.to(self.device, non_blocking=True)
         is_bf16 = self.precision.dense == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
-            logits = self._logits(batch)
-        loss_sum = self._loss_sum(logits, batch)
+            outputs = self._outputs(batch)
+        loss_sum = self.loss(outputs, batch)
         # Gradients are averaged over ranks, so this makes them those of the mean over all rows.
-        (loss_sum * (self.world_size / batch.global_rows)).backward()
+        (loss_sum * (self.world_size / max(batch.global_rows, 1))).backward()
         clip_dense_gradients(self.optimizer, self.gradient_clipping)
         with self.freezing.held():
             self.optimizer.step()
@@ -103,13 +123,16 @@ class Trainer:
         report: Callable[[Progress], None] | None = None,
         checkpoints: Checkpoints | None = None,
         checkpoint_every: int | None = None,
+        validation: Validation | None = None,
     ) -> Progress | None:
-        """Train for `epochs` in all, or up to step `max_steps` if that is less.
+        """Train for `epochs` in all, or up to step `max_steps` if that is less, or until `best`
+        has been waited for long enough.
 
         A trainer and a reader that go on from a checkpoint train what is left; None where that is
-        nothing. `checkpoints` gets one every so many steps and after the last. `report` is called
-        after the first step, every so many, the last and before each checkpoint. UserError when the
-        loss is no finite number any more.
+        nothing. `checkpoints` gets one every so many steps, after the last and, if it keeps the
+        best, after each that is. `report` is called after the first step, every so many, the last
+        and before each validation and checkpoint. UserError when the loss is no finite number any
+        more.
         """
         last = self.last_step(reader, epochs, max_steps)
         if last < 1:
@@ -118,7 +141,7 @@ class Trainer:
         meter, progress = _Meter(self.samples), None
         first = self.step + 1
         batches = _with_position(reader, epochs)
-        while self.step < last:
+        while self.step < last and not self.has_stopped:
             batch, position = meter.wait_for(batches)
             self.rates.set(self.step + 1, last)
             self.freezing.set(self.step + 1, position[0] + 1)
@@ -127,21 +150,47 @@ class Trainer:
             meter.add(loss_sum, batch.global_rows, position)
             self.step, self.samples = self.step + 1, meter.samples
             is_saved = checkpoints is not None and _is_due(self.step, last, checkpoint_every)
-            if _is_due(self.step, last, report_every) or self.step == first or is_saved:
+            is_validated = validation is not None and self.step % validation.every_steps == 0
+            is_reported = _is_due(self.step, last, report_every) or self.step == first
+            if is_reported or is_saved or is_validated:
                 progress = meter.progress(self.step)
                 if not math.isfinite(progress.train_loss):
                     raise UserError(self._why_not_finite(meter, reader, checkpoints))
                 if report:
                     report(progress)
+            if validation is not None and is_validated:
+                with meter.paused():
+                    is_best = self._validate(validation)
+                keeps = checkpoints is not None and checkpoints.keep_best
+                is_saved |= (is_best and keeps) or self.has_stopped
             if checkpoints is not None and is_saved:
                 state = reader.state(*position)
-                checkpoints.save(self, state, trains_on=self.step < last)
+                trains_on = self.step < last and not self.has_stopped
+                checkpoints.save(self, state, trains_on=trains_on)
             if self.step == first + WARMUP_STEPS - 1:
                 meter.start_steady_state()
         batches.close()
         if checkpoints:
             checkpoints.wait()
         return progress
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether training ends before its last step: early stopping."""
+        return self.best is not None and self.best.should_stop
+
+    def _validate(self, validation: Validation) -> bool:
+        """Whether this step is the best so far."""
+        evaluation, is_best = self.evaluate(validation.reader.epoch()), False
+        if self.best:
+            # Rank 0's value, so that all ranks go on or stop, whatever the last bit of theirs is.
+            value = [evaluation.metrics[self.best.metric]]
+            dist.broadcast_object_list(value)
+            is_best = self.best.add(self.step, value[0])
+        if validation.report:
+            validation.report(evaluation, self.step, is_best)
+        self.model.train()
+        return is_best
 
     def _why_not_finite(
         self, meter: _Meter, reader: ParquetReader, checkpoints: Checkpoints | None
@@ -167,26 +216,22 @@ class Trainer:
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Metrics over the rows of all ranks; every rank must give as many batches."""
         self.model.eval()
-        evaluator = Evaluator(self.device)
+        evaluator = Evaluator(self.device, self.tasks, self.metrics)
         for batch in batches:
             batch = batch.to(self.device, non_blocking=True)
-            evaluator.update(self._logits(batch), batch)
+            evaluator.update(self._outputs(batch), batch)
         return evaluator.compute()
 
-    def _logits(self, batch: Batch) -> torch.Tensor:
-        logits = self.model(batch)
-        if logits.numel() != batch.labels.numel():
+    def _outputs(self, batch: Batch) -> torch.Tensor:
+        """[batch_size, num_outputs]."""
+        outputs, rows, width = self.model(batch), len(batch.mask), self.loss.num_outputs
+        if outputs.shape != (rows, width) and (outputs.shape, width) != ((rows,), 1):
+            needed = "one logit" if width == 1 else f"{width} numbers"
             raise UserError(
-                f"the model gave a tensor of shape {list(logits.shape)} for a batch of "
-                f"{batch.labels.numel()} rows: it must give one logit a row"
+                f"the model gave a tensor of shape {list(outputs.shape)} for a batch of "
+                f"{rows} rows: it must give {needed} a row"
             )
-        return logits.reshape(-1)
-
-    @staticmethod
-    def _loss_sum(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return binary_cross_entropy_with_logits(
-            logits.float(), batch.labels, weight=batch.mask, reduction="sum"
-        )
+        return outputs.reshape(rows, width)
 
 
 Position = tuple[int, int]  # the arguments of ParquetReader.state
@@ -218,6 +263,13 @@ class _Meter:
     def start_steady_state(self) -> None:
         self._since, self._waited, self._rows_before = time.perf_counter(), 0.0, self.samples
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What the block takes is no time of training."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
     def wait_for(self, batches: Iterator[T]) -> T:
         start = time.perf_counter()
         item = next(batches)
@@ -235,7 +287,7 @@ class _Meter:
         self._reported = torch.stack(self._losses).double(), self._positions
         loss = self._reported[0].sum()
         dist.all_reduce(loss)
-        mean = loss.item() / self._loss_rows
+        mean = loss.item() / max(self._loss_rows, 1)
         self._losses, self._positions, self._loss_rows = [], [], 0
         seconds = time.perf_counter() - self._since
         return Progress(

@@ -6,7 +6,6 @@ all else is written: whatever ends a run, the list names whole checkpoints only.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed as dist
 
 from planner import UserError
-from shardemb.checkpoint.listing import LIST, opened, read_checkpoint, read_names
+from shardemb.checkpoint.listing import (
+    LIST,
+    list_of,
+    opened,
+    read_best,
+    read_checkpoint,
+    read_names,
+)
 from shardemb.checkpoint.manifest import MANIFEST, Manifest
 from shardemb.checkpoint.match import check_matches
 from shardemb.checkpoint.piece import WEIGHT
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
     from shardemb.trainer import Trainer
 
 T = TypeVar("T")
+BEST = "best"
 
 
 class Checkpoints:
@@ -45,23 +52,30 @@ class Checkpoints:
 
     With `asynchronous`, `save` copies this rank's state and a thread writes the copy while training
     goes on. Without, it is written from where it lies, which needs no memory and stops training.
-    One checkpoint of a process is written at a time.
+    One checkpoint of a process is written at a time. With `keep_best` the one of the step with the
+    best evaluation stays beside the last ones.
     """
 
     def __init__(
-        self, folder: str | Path, *, keep_last: int = 2, asynchronous: bool = True
+        self,
+        folder: str | Path,
+        *,
+        keep_last: int = 2,
+        keep_best: bool = False,
+        asynchronous: bool = True,
     ) -> None:
-        self.store, self.keep_last = Store(folder), keep_last
+        self.store, self.keep_last, self.keep_best = Store(folder), keep_last, keep_best
         self._rank = dist.get_rank()
         self._group = _own_group() if dist.get_world_size() > 1 else None
         self._stage = Stage() if asynchronous else None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self.names: list[str] | None = None  # oldest first; None until they are looked for
+        self.best: str | None = None  # of names
 
     def find(self) -> list[str]:
         """Names of the whole checkpoints there are, oldest first."""
-        self.names = self._agree(lambda: read_names(self.store))
+        self.names, self.best = self._agree(lambda: (read_names(self.store), read_best(self.store)))
         return self.names
 
     def refuse_earlier(self, names: list[str]) -> None:
@@ -132,10 +146,14 @@ class Checkpoints:
             with suppress(OSError):
                 clear()
             raise
-        self.names = self._kept(snapshot)
+        self.names, self.best = self._kept(snapshot)
 
-    def _kept(self, snapshot: Snapshot) -> list[str]:
-        return [*(self.names or []), snapshot.name][-self.keep_last :]
+    def _kept(self, snapshot: Snapshot) -> tuple[list[str], str | None]:
+        """The names there will be, and the best of them."""
+        names = [*(self.names or []), snapshot.name]
+        best = snapshot.name if self.keep_best and snapshot.is_best else self.best
+        last = names[-self.keep_last :]
+        return [name for name in names if name in last or name == best], best
 
     def _commit(self, snapshot: Snapshot, files: list[RankFile]) -> None:
         if self._rank != 0:
@@ -144,8 +162,8 @@ class Checkpoints:
             self.store.open(file.name).close()
         manifest = snapshot.manifest(files)
         self.store.write(f"{snapshot.name}/{MANIFEST}", [manifest.to_bytes()])
-        kept = self._kept(snapshot)
-        self.store.write(LIST, [json.dumps({"checkpoints": kept}).encode()])
+        kept, best = self._kept(snapshot)
+        self.store.write(LIST, [list_of(kept, best)])
         for name in self.store.folders():
             if name.startswith("step-") and name not in kept:
                 self.store.delete_folder(name)
@@ -199,7 +217,7 @@ class Checkpoints:
     def load(
         self, trainer: Trainer, name: str | None = None, *, weights_only: bool = False
     ) -> Manifest:
-        """Bring `trainer` to where the newest checkpoint, or that of a name, was taken.
+        """Bring `trainer` to where the newest checkpoint, or that of a name or `best`, was taken.
 
         `weights_only`: not the optimizers, random states and counts of steps. UserError lists how
         the model differs from the checkpoint's, or names what is damaged.
@@ -207,7 +225,7 @@ class Checkpoints:
         names = self.find()
         if name is None and not names:
             raise UserError(f"there is no checkpoint in {self.store.root}")
-        name = name or names[-1]
+        name = self._name_of_best() if name == BEST else name or names[-1]
         with self._offering_another(name):
             manifest = read_checkpoint(self.store, name)
             check_matches(manifest, trainer, self.store.path(name), weights_only=weights_only)
@@ -228,9 +246,20 @@ class Checkpoints:
                 steps = trainer.freezing.trained_steps(manifest.step)
                 set_table_steps(trainer.model, trainer.optimizer, steps)
                 trainer.step, trainer.samples = manifest.step, manifest.samples
+                if trainer.best and manifest.best:
+                    trainer.best.resume(manifest.best)
         if name in names:  # the next save drops those after it: another past than this one's
             self.names = names[: names.index(name) + 1]
+            self.best = self.best if self.best in self.names else None
         return manifest
+
+    def _name_of_best(self) -> str:
+        if self.best is None:
+            raise UserError(
+                f"none of the checkpoints in {self.store.root} is marked as the best: they are "
+                "where a run had checkpoint.keep_best, or evaluation.early_stopping.restore_best"
+            )
+        return self.best
 
     @contextmanager
     def _offering_another(self, name: str) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from planner import UserError
 from planner.validation import nearest
@@ -33,6 +33,20 @@ def read_names(store: Store) -> list[str]:
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {store.path(LIST)} ({error.strerror or error})") from error
+
+
+def read_best(store: Store) -> str | None:
+    """The one of `read_names` that is kept as the best; raises nothing that it does not."""
+    with suppress(FileNotFoundError):
+        best = json.loads(store.read(LIST)).get("best")
+        return best if isinstance(best, str) else None
+    return None
+
+
+def list_of(names: list[str], best: str | None) -> bytes:
+    """What LIST says."""
+    marked = {} if best is None else {"best": best}
+    return json.dumps({"checkpoints": names, **marked}).encode()
 
 
 def _is_whole(store: Store, name: str) -> bool:

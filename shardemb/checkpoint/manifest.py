@@ -67,13 +67,16 @@ class Manifest(_Entry):
     loader: dict[str, Any] | None  # ParquetReader.state
     tables: dict[str, TableEntry]
     dense_optimizer: str  # of all other parameters
+    best: dict[str, Any] | None = None  # BestStep.state, of runs that are evaluated as they train
     pieces: list[PieceEntry]
     tensors: dict[str, TensorEntry]  # all else: model/..., optimizer/..., random/RANK/...
     files: dict[str, FileEntry]
 
     def to_bytes(self) -> bytes:
         """With its own checksum in the last line."""
-        text = self.model_dump_json(indent=1).encode() + b"\n"
+        # Without what most runs have not, an older shardemb reads it too.
+        unused = {"best"} if self.best is None else None
+        text = self.model_dump_json(indent=1, exclude=unused).encode() + b"\n"
         return text + f"{zlib.crc32(text):08x}\n".encode()
 
 

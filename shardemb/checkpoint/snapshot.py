@@ -52,6 +52,7 @@ class Snapshot:
     parameters: dict[str, str]  # table -> its name in the state_dict
     dense_optimizer: str
     loader: dict[str, Any] | None
+    best: dict[str, Any] | None
     pieces: dict[str, Piece]
     tensors: dict[str, torch.Tensor]
 
@@ -76,6 +77,7 @@ class Snapshot:
             parameters=parameter_names(trainer.model),
             dense_optimizer=trainer.dense_optimizer.name,
             loader=loader,
+            best=trainer.best.state() if trainer.best else None,
             pieces=pieces,
             tensors={key: piece.tensor for key, piece in pieces.items()} | others,
         )
@@ -83,6 +85,11 @@ class Snapshot:
     @property
     def name(self) -> str:
         return f"step-{self.step:08d}"
+
+    @property
+    def is_best(self) -> bool:
+        """Whether its step has the best evaluation so far."""
+        return self.best is not None and self.best["step"] == self.step
 
     def write(self, store: Store) -> RankFile:
         """Raises OSError."""
@@ -121,6 +128,7 @@ class Snapshot:
                 for spec in self.specs
             },
             dense_optimizer=self.dense_optimizer,
+            best=self.best,
             pieces=[piece for file in files for piece in file.pieces],
             tensors={key: entry for file in files for key, entry in file.tensors.items()},
             files={file.name: file.entry for file in files},

@@ -123,10 +123,15 @@ class Assembler:
         parts = {name: values.numpy() for name, values in tensors.items()}
         lengths = parts["lengths"].reshape(-1, self.batch_size)
         lengths[:, rows:] = 0
-        parts["dense"][:, rows:], parts["labels"][rows:] = 0, 0
+        parts["dense"][:, rows:], parts["labels"][:, rows:] = 0, 0
         parts["mask"][:rows], parts["mask"][rows:] = 1, 0
+        if self.schema.group:
+            parts["groups"][rows:] = 0
         if piece is not None:
-            parts["labels"][:rows] = piece.labels
+            for row, values in zip(parts["labels"], piece.labels, strict=True):
+                row[:rows] = values
+            if piece.groups is not None:
+                parts["groups"][:rows] = piece.groups
             for row, values in zip(parts["dense"], piece.dense, strict=True):
                 row[:rows] = values
             _transform(tensors["dense"][:, :rows], self.schema)
@@ -144,12 +149,14 @@ class Assembler:
         each has so many `ids`."""
         size, dense, features = self.batch_size, len(self.schema.dense), len(self.schema.features)
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "labels": (torch.float32, (size,)),
+            "labels": (torch.float32, (len(self.schema.labels), size)),
             "dense": (torch.float32, (dense, size)),
             "ids": (torch.int64, (ids,)),
         }
         if self.schema.is_weighted:
             shapes["weights"] = torch.float32, (ids,)
+        if self.schema.group:
+            shapes["groups"] = torch.int64, (size,)
         if with_constants:
             shapes["mask"] = torch.float32, (size,)
             shapes["lengths"] = torch.int64, (features * size,)
@@ -180,9 +187,10 @@ class Assembler:
                 weights=parts.get("weights"),
                 stride=self.batch_size,
             ),
-            labels=parts["labels"],
+            labels=parts["labels"][0] if len(parts["labels"]) == 1 else parts["labels"].T,
             mask=parts["mask"],
             global_rows=global_rows,
+            groups=parts.get("groups"),
         )
 
 
@@ -237,13 +245,15 @@ class _Block:
         """`parts` are tensors [steps, ...]."""
         self.widths, self.parts = widths, parts
         self._labels, self._dense = parts["labels"].numpy(), parts["dense"].numpy()
+        if "groups" in parts:
+            self._groups = parts["groups"].numpy()
         self._ids = list(self._of_features(parts["ids"]))
         weights = parts.get("weights")
         self._weights = [] if weights is None else list(self._of_features(weights))
 
     def _of_features(self, values: torch.Tensor) -> Iterator[NDArray[Any]]:
         """Views [steps, batch_size], or [steps, batch_size, width]."""
-        steps, size = self._labels.shape
+        steps, _, size = self._labels.shape
         end = 0
         for width in self.widths:
             start, end = end, end + size * width
@@ -254,7 +264,10 @@ class _Block:
         piece = portion.piece
         assert piece is not None
         cuts, order = list(_cuts(portion)), portion.order
-        _place(in_order(piece.labels, order), cuts, self._labels)
+        for column, labels in enumerate(piece.labels):
+            _place(in_order(labels, order), cuts, self._labels[:, column])
+        if piece.groups is not None:
+            _place(in_order(piece.groups, order), cuts, self._groups)
         for column, values in enumerate(piece.dense):
             _place(in_order(values, order), cuts, self._dense[:, column])
         for bags, ids in zip(piece.bags, self._ids, strict=True):

@@ -22,9 +22,10 @@ class Batch(Pipelineable):
 
     dense: torch.Tensor  # [batch_size, number of dense features] float32
     sparse: KeyedJaggedTensor  # one key for each feature; weights where a feature has them
-    labels: torch.Tensor  # [batch_size] float32
+    labels: torch.Tensor  # [batch_size] float32; [batch_size, columns] where there are several
     mask: torch.Tensor  # [batch_size] float32, 1 for a row of data and 0 for padding
     global_rows: int  # rows of data in this step over all ranks
+    groups: torch.Tensor | None = None  # [batch_size] int64: equal in rows of one group
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """One copy where all tensors lie together in memory, as those of `ParquetReader` do on a
@@ -35,24 +36,26 @@ class Batch(Pipelineable):
         return self._moved(lambda tensor: tensor.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
-        for tensor in (self.dense, self.labels, self.mask):
-            tensor.record_stream(stream)
+        for tensor in (self.dense, self.labels, self.mask, self.groups):
+            if tensor is not None:
+                tensor.record_stream(stream)
         self.sparse.record_stream(stream)
 
     def _moved(self, move: Move) -> Batch:
         sparse = self.sparse
         tensors = [self.dense, self.labels, self.mask, sparse.values(), sparse.lengths()]
-        weights = sparse.weights_or_none()
-        moved = _move_together([*tensors, *([] if weights is None else [weights])], move)
-        dense, labels, mask, values, lengths = moved[:5]
+        optional = [sparse.weights_or_none(), self.groups]
+        moved = iter(_move_together([t for t in (*tensors, *optional) if t is not None], move))
+        dense, labels, mask, values, lengths = (next(moved) for _ in tensors)
+        weights, groups = (None if tensor is None else next(moved) for tensor in optional)
         jagged = KeyedJaggedTensor(
             keys=sparse.keys(),
             values=values,
             lengths=lengths,
-            weights=None if weights is None else moved[5],
+            weights=weights,
             stride=sparse.stride(),
         )
-        return Batch(dense, jagged, labels, mask, self.global_rows)
+        return Batch(dense, jagged, labels, mask, self.global_rows, groups)
 
 
 def _move_together(tensors: list[torch.Tensor], move: Move) -> list[torch.Tensor]:

@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from planner import UserError
-from shardemb.data.ids import rows_of_values
-from shardemb.data.schema import BatchSchema, FeatureSchema
+from shardemb.data.hashing import strings_to_ids
+from shardemb.data.ids import is_text, rows_of_values
+from shardemb.data.schema import BatchSchema, FeatureSchema, LabelSchema
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,16 @@ class Bags:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows, converted: `labels` [n], `dense` one [n] a feature with NaN for null, `bags` one a
-    feature."""
+    """Rows, converted: `labels` one [n] a column, `dense` one [n] a feature with NaN for null,
+    `bags` one a feature, `groups` [n] numbers that tell the rows' groups apart."""
 
-    labels: NDArray[np.float32]
+    labels: tuple[NDArray[np.float32], ...]
     dense: tuple[NDArray[Any], ...]
     bags: tuple[Bags, ...]
+    groups: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.labels[0])
 
     @property
     def widths(self) -> tuple[int, ...] | None:
@@ -93,21 +95,27 @@ class Piece:
         return widths if len(widths) == len(self.bags) else None
 
     def take(self, order: Order) -> Piece:
-        labels, *dense = (in_order(column, order) for column in (self.labels, *self.dense))
-        return Piece(labels, tuple(dense), tuple(bags.take(order) for bags in self.bags))
+        return Piece(
+            labels=tuple(in_order(column, order) for column in self.labels),
+            dense=tuple(in_order(column, order) for column in self.dense),
+            bags=tuple(bags.take(order) for bags in self.bags),
+            groups=None if self.groups is None else in_order(self.groups, order),
+        )
 
 
 def concatenate(pieces: Sequence[Piece]) -> Piece:
     """The rows of one piece after those of another."""
     if len(pieces) == 1:
         return pieces[0]
+    groups = [piece.groups for piece in pieces if piece.groups is not None]
     return Piece(
-        labels=np.concatenate([piece.labels for piece in pieces]),
+        labels=tuple(map(np.concatenate, zip(*(piece.labels for piece in pieces), strict=True))),
         dense=tuple(map(np.concatenate, zip(*(piece.dense for piece in pieces), strict=True))),
         bags=tuple(
             _concatenate_bags(bags, [len(piece) for piece in pieces])
             for bags in zip(*(piece.bags for piece in pieces), strict=True)
         ),
+        groups=np.concatenate(groups) if groups else None,
     )
 
 
@@ -133,11 +141,12 @@ def convert(table: pa.Table, schema: BatchSchema, origin: Origin) -> Piece:
     """`table` as arrays. UserError names the feature, file and row of a value that is wrong."""
     arrays = _arrays(table)
     return Piece(
-        labels=_labels(arrays[schema.label], schema.label, origin),
+        labels=tuple(_labels(arrays[label.column], label, origin) for label in schema.labels),
         dense=tuple(_dense(arrays[name], name, origin) for name in schema.dense),
         bags=tuple(
             _bags(arrays, feature, schema.is_weighted, origin) for feature in schema.features
         ),
+        groups=_groups(arrays[schema.group], schema.group, origin) if schema.group else None,
     )
 
 
@@ -173,15 +182,39 @@ _NAN_OF_BITS = np.where(
 ).astype(np.float32)
 
 
-def _labels(array: pa.Array, name: str, origin: Origin) -> NDArray[np.float32]:
+def _labels(array: pa.Array, label: LabelSchema, origin: Origin) -> NDArray[np.float32]:
     labels = _numbers(array)
-    if not (labels.min() >= 0 and labels.max() <= 1):  # NaN is neither
-        index = int(np.argmin((labels >= 0) & (labels <= 1)))
-        raise UserError(
-            f"{origin.row(index)}: the label (column {name}) is {_shown(array[index])}, it must be "
-            "from 0 to 1; remove such rows from the data"
-        )
+    if not (labels.min() >= label.lowest and labels.max() <= label.highest):  # NaN is neither
+        index = int(np.argmin((labels >= label.lowest) & (labels <= label.highest)))
+        raise UserError(_wrong_label(label, array[index], origin.row(index)))
+    if label.is_whole and labels.dtype.kind == "f" and (np.floor(labels) != labels).any():
+        index = int(np.argmax(np.floor(labels) != labels))
+        raise UserError(_wrong_label(label, array[index], origin.row(index)))
     return labels.astype(np.float32, copy=False)
+
+
+def _wrong_label(label: LabelSchema, found: pa.Scalar, row: str) -> str:
+    needed, remedy = f"from {label.lowest:g} to {label.highest:g}", "remove such rows from the data"
+    if label.highest > 1e38:
+        needed = "a finite 32-bit number" + ("" if label.lowest else ", and not negative")
+    if label.is_whole:
+        needed = f"a class {needed}"
+        remedy = f"set num_classes of its loss to the number of classes, or {remedy}"
+    return (
+        f"{row}: the label (column {label.column}) is {_shown(found)}, it must be {needed}; "
+        f"{remedy}"
+    )
+
+
+def _groups(array: pa.Array, name: str, origin: Origin) -> NDArray[np.int64]:
+    if array.null_count:
+        index = array.is_null().to_numpy(zero_copy_only=False).argmax()
+        raise UserError(
+            f"{origin.row(int(index))}: the group (data.group: {name}) is null; give each row one, "
+            "or remove such rows from the data"
+        )
+    numbers = strings_to_ids(array) if is_text(array.type) else array
+    return numbers.to_numpy().astype(np.int64, copy=False)
 
 
 def _shown(value: pa.Scalar) -> str:

@@ -107,7 +107,14 @@ def _check_columns(path: str, found: pa.Schema, schema: BatchSchema) -> None:
                 f"{path} has {count} {name}, which the config uses; "
                 f"it has {', '.join(found.names[:50])}"
             )
-    for name in (schema.label, *schema.dense):
+    if schema.group:
+        kind = found.field(schema.group).type
+        if not (pa.types.is_integer(kind) or is_text(kind)):
+            raise UserError(
+                f"{path}, column {schema.group}: a group (data.group) is an integer or text, "
+                f"found {kind}"
+            )
+    for name in (*(label.column for label in schema.labels), *schema.dense):
         kind = found.field(name).type
         if not (_is_float_or_integer(kind) or pa.types.is_boolean(kind)):
             raise UserError(f"{path}, column {name}: a number is needed, found {kind}")

@@ -29,18 +29,38 @@ class FeatureSchema:
 
 
 @dataclass(frozen=True)
-class BatchSchema:
-    """Which columns become which parts of a batch."""
+class LabelSchema:
+    """A column of labels, and what they may be; without `is_whole` any number in the range."""
 
-    label: str
+    column: str
+    lowest: float = 0.0
+    highest: float = 1.0
+    is_whole: bool = False
+
+
+@dataclass(frozen=True)
+class BatchSchema:
+    """Which columns become which parts of a batch.
+
+    `label` is the name of a column of labels from 0 to 1, or the schema of each column. Rows with
+    one value of column `group` are ranked among each other.
+    """
+
+    label: str | tuple[LabelSchema, ...]
     dense: tuple[str, ...] = ()
     dense_transform: Literal["none", "log"] = "none"
     dense_null_value: float = 0.0
     features: tuple[FeatureSchema, ...] = ()
+    group: str | None = None
+
+    @cached_property
+    def labels(self) -> tuple[LabelSchema, ...]:
+        return (LabelSchema(self.label),) if isinstance(self.label, str) else self.label
 
     @cached_property
     def columns(self) -> list[str]:
-        named = [self.label, *self.dense]
+        named = [*(label.column for label in self.labels), *self.dense]
+        named += [self.group] if self.group else []
         for feature in self.features:
             named += [feature.column] + ([feature.weights] if feature.weights else [])
         return list(dict.fromkeys(named))
@@ -54,7 +74,7 @@ class BatchSchema:
         cls,
         tables: Iterable[TableSpec],
         *,
-        label: str = "label",
+        label: str | tuple[LabelSchema, ...] = "label",
         dense: Sequence[str] = (),
         dense_transform: Literal["none", "log"] = "none",
         ids: Literal["as_is", "hash"] = "as_is",
@@ -89,9 +109,14 @@ class BatchSchema:
                 )
         order = dict.fromkeys(n for table in config.table_specs() for n in table.feature_names)
         return cls(
-            label=config.data.label,
+            label=tuple(
+                LabelSchema(name, *task.label_range, is_whole=task.num_classes is not None)
+                for task in config.tasks
+                for name in task.labels
+            ),
             dense=tuple(config.data.dense.columns),
             dense_transform=config.data.dense.transform,
             dense_null_value=config.data.dense.null_value,
             features=tuple(features[name] for name in order),
+            group=config.data.group,
         )

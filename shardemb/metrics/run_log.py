@@ -15,8 +15,9 @@ from rich.progress import Progress as ProgressBar
 from torch.utils.tensorboard import SummaryWriter
 
 from planner import UserError
+from shardemb.config import RunConfig
 from shardemb.metrics.evaluation import Evaluation
-from shardemb.run_directory import RunDirectory, without_nan
+from shardemb.run_directory import RunDirectory, summarize_evaluation, without_nan
 from shardemb.trainer import Progress
 
 # Seconds between lines where there is no terminal to redraw a bar on.
@@ -24,13 +25,15 @@ LINE_SECONDS = 5.0
 
 
 class RunLog:
-    """A context manager; `report` and `evaluated` are called by rank 0 alone.
+    """A context manager; its methods are called by rank 0 alone.
 
     The first report creates the run directory.
     """
 
-    def __init__(self, directory: RunDirectory, total_steps: int, first_step: int = 1) -> None:
-        self._directory, self._first_step = directory, first_step
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory, total_steps: int, first_step: int = 1
+    ) -> None:
+        self._config, self._directory, self._first_step = config, directory, first_step
         self._path = directory.path / "metrics.jsonl"
         self._console = Console(file=sys.stderr)
         self._total = total_steps
@@ -85,10 +88,20 @@ class RunLog:
     def evaluating(self) -> None:
         self._console.print("evaluating on the test split", highlight=False)
 
-    def evaluated(self, evaluation: Evaluation, step: int) -> None:
-        self._write({"kind": "eval", "time": time.time(), "step": step, **asdict(evaluation)})
-        for name in ("auc", "logloss", "normalized_entropy"):
-            self._tensorboard.add_scalar(f"eval/{name}", getattr(evaluation, name), step)
+    def validated(self, evaluation: Evaluation, step: int, is_best: bool) -> None:
+        """Of the model while it trains."""
+        split = self._config.evaluation.split
+        self.evaluated(evaluation, step, split)
+        found = summarize_evaluation(self._config, without_nan(evaluation.to_json()), split)
+        best = ", the best so far" if is_best else ""
+        self._console.print(f"step {step}: {found}{best}", highlight=False, soft_wrap=True)
+
+    def evaluated(self, evaluation: Evaluation, step: int, split: str = "test") -> None:
+        record = {"kind": "eval", "time": time.time(), "step": step, "split": split}
+        self._write({**record, **evaluation.to_json()})
+        for name, value in evaluation.metrics.items():
+            folder = "eval" if split == "test" else split
+            self._tensorboard.add_scalar(f"{folder}/{name}", value, step)
 
     def _line(self, text: str, is_last: bool) -> None:
         if self._console.is_terminal:

@@ -17,6 +17,7 @@ from shardemb.config import RunConfig
 from shardemb.data.schema import BatchSchema
 from shardemb.models.dcn_v2 import DCNv2
 from shardemb.models.dlrm import DLRM
+from shardemb.tasks import num_outputs
 
 BUILT_IN: dict[str, Callable[..., nn.Module]] = {"dlrm": DLRM, "dcn_v2": DCNv2}
 _DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
@@ -49,23 +50,29 @@ def build_embeddings(config: RunConfig) -> EmbeddingBagCollection:
 
 def build_model(config: RunConfig) -> nn.Module:
     """The model that `config.model` names: called with its tables, the number of dense
-    features, and `model.args`."""
-    make = BUILT_IN.get(config.model.name) or _import(config.model.name)
+    features, and `model.args`; with `num_outputs`, what the losses need, if it takes that."""
+    name, args = config.model.name, config.model.args
+    make = BUILT_IN.get(name) or _import(name)
     embeddings, num_dense = build_embeddings(config), len(config.data.dense.columns)
+    parameters = inspect.signature(make).parameters
+    if "num_outputs" in parameters:
+        if "num_outputs" in args:
+            raise RequestError("model.args.num_outputs: it follows from the losses; leave it out")
+        args = {**args, "num_outputs": num_outputs(config.tasks)}
     try:
-        inspect.signature(make).bind(embeddings, num_dense, **config.model.args)
+        inspect.signature(make).bind(embeddings, num_dense, **args)
     except TypeError as error:
-        known = [*inspect.signature(make).parameters][2:]
+        known = [key for key in [*parameters][2:] if key != "num_outputs"]
         raise RequestError(
-            f"model.args: {config.model.name}: {error}; it takes {', '.join(known) or 'none'}"
+            f"model.args: {name}: {error}; it takes {', '.join(known) or 'none'}"
         ) from error
-    if config.model.name not in BUILT_IN:
-        return make(embeddings, num_dense, **config.model.args)
+    if name not in BUILT_IN:
+        return make(embeddings, num_dense, **args)
     try:
-        return make(embeddings, num_dense, **config.model.args)
+        return make(embeddings, num_dense, **args)
     except (TypeError, ValueError, IndexError, AssertionError) as error:
         raise RequestError(
-            f"model.args: {config.model.name} cannot be made of {config.model.args}: {error}"
+            f"model.args: {name} cannot be made of {config.model.args}: {error}"
         ) from error
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import comb
 
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection
-from torchrec.models import dlrm as torchrec_dlrm
+from torchrec.models.dlrm import InteractionArch, SparseArch
 
 from planner import RequestError
 from shardemb.data.batch import Batch
+from shardemb.models.mlp import MLP, Norm
 
 
 class DLRM(nn.Module):
     """Dot products between all embeddings and the dense features' embedding, then an MLP.
 
     All tables have one embedding_dim. `dense_layers` are the hidden sizes of the dense MLP,
-    whose last layer has embedding_dim; `over_layers` those of the MLP before the logit.
+    whose last layer has embedding_dim; `over_layers` those of the MLP before the outputs.
+    `dropout` and `norm` (batch, layer) are of both MLPs.
     """
 
     def __init__(
@@ -26,6 +29,9 @@ class DLRM(nn.Module):
         num_dense: int,
         dense_layers: Sequence[int] = (64,),
         over_layers: Sequence[int] = (64, 32),
+        dropout: float = 0.0,
+        norm: Norm | None = None,
+        num_outputs: int = 1,
     ) -> None:
         super().__init__()
         tables = embeddings.embedding_bag_configs()
@@ -43,13 +49,15 @@ class DLRM(nn.Module):
                 f"model.name: dlrm takes a feature from one table, but several tables use "
                 f"{', '.join(shared)}; use dcn_v2, which takes any"
             )
-        self.dlrm = torchrec_dlrm.DLRM(
-            embeddings,
-            dense_in_features=num_dense,
-            dense_arch_layer_sizes=[*dense_layers, dims[0]],
-            over_arch_layer_sizes=[*over_layers, 1],
-        )
+        self.sparse = SparseArch(embeddings)
+        self.dense = MLP(num_dense, [*dense_layers, dims[0]], dropout, norm)
+        self.interaction = InteractionArch(len(names))
+        width = dims[0] + comb(len(names) + 1, 2)  # of the dense features and of all pairs
+        self.over = MLP(width, over_layers, dropout, norm)
+        self.output = nn.Linear(over_layers[-1] if over_layers else width, num_outputs)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits [batch_size, 1]."""
-        return self.dlrm(batch.dense, batch.sparse)
+        """[batch_size, num_outputs]."""
+        dense = self.dense(batch.dense, batch.mask)
+        pairs = self.interaction(dense, self.sparse(batch.sparse))
+        return self.output(self.over(pairs, batch.mask))

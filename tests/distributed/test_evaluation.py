@@ -62,6 +62,6 @@ def test_ranks_with_unequal_rows(pool: WorkerPool) -> None:
     entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
     for found in pool.run(evaluate, logits, labels):
         assert found.samples == len(scores)
-        assert math.isclose(found.auc, above + ties / 2, rel_tol=1e-6)
-        assert math.isclose(found.logloss, logloss, rel_tol=1e-6)
-        assert math.isclose(found.normalized_entropy, logloss / entropy, rel_tol=1e-6)
+        assert math.isclose(found.metrics["auc"], above + ties / 2, rel_tol=1e-6)
+        assert math.isclose(found.metrics["logloss"], logloss, rel_tol=1e-6)
+        assert math.isclose(found.metrics["normalized_entropy"], logloss / entropy, rel_tol=1e-6)

@@ -334,6 +334,22 @@ def test_no_data(bench: Bench) -> None:
     assert code == IMPOSSIBLE
 
 
+def test_nothing_to_evaluate_on_while_training(bench: Bench) -> None:
+    """The split is named, and both keys; before workers start."""
+    code, shown = bench.train("evaluation.every_steps=5", "evaluation.split=valid")
+    assert "evaluation.every_steps: data.dir data has no valid/ folder" in shown
+    assert "(evaluation.split)" in shown
+    assert code == IMPOSSIBLE
+
+
+def test_labels_that_are_not_drawn(bench: Bench) -> None:
+    """`data synth` draws one label: the key of others is named."""
+    write_config(bench.path, bench.config)
+    code, shown = bench.command("data", "synth", "run.yaml", "train.tasks.stars.loss=mse")
+    assert "train.tasks: of labels, label (data.label) alone is drawn" in shown
+    assert code == MALFORMED
+
+
 def test_a_column_that_is_not_there(bench: Bench) -> None:
     """File and column are named, and what the file has."""
     rewrite(bench.train_file, lambda table: table.drop_columns(["C4"]))

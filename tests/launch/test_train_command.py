@@ -139,7 +139,9 @@ def test_a_person_is_told_the_outcome_and_where_it_is(runs: Runs) -> None:
     shown = runs.plain.stdout.splitlines()
     assert shown[0].startswith("trained 16 steps, ")
     assert re.fullmatch(
-        r"test AUC 0\.\d{4} \(best reachable 0\.\d{4}\), log loss 0\.\d{4}", shown[1]
+        r"test AUC 0\.\d{4} \(best reachable 0\.\d{4}\), log loss 0\.\d{4}, "
+        r"normalized entropy \d\.\d{4}",
+        shown[1],
     )
     assert shown[2:] == [f"run directory: {runs.directory}"]
     noise = [line for line in runs.plain.stderr.splitlines() if not line.startswith("step ")]

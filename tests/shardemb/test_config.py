@@ -10,6 +10,7 @@ import yaml
 from planner import RequestError
 from planner.strict_yaml import read_yaml
 from shardemb.config import RunConfig, load_config
+from shardemb.data.schema import BatchSchema
 from shardemb.yaml_config import expand_keys, expand_names
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -354,6 +355,128 @@ def test_every_mistake_is_told_by_its_full_path(
     """The key's path from the top (`below` what the override names, where the value has keys),
     what is wrong, and what was found or what is near it."""
     assert _error(path, override) == [f"{override.partition('=')[0]}{below}: {message}"]
+
+
+BCE = "binary_cross_entropy"
+EARLY = "{every_steps: 5, early_stopping: {patience: 2}}"
+LOSS_MISTAKES = [
+    (["train.loss=msee"], "train.loss: msee is no loss; did you mean mse? (found 'msee')"),
+    (
+        ["train.tasks.a.loss=bp"],
+        "train.tasks.a.loss: bp is no loss; did you mean bpr? (found 'bp')",
+    ),
+    (
+        ["train.loss=cross_entropy"],
+        "train.loss: `name: cross_entropy` and `num_classes` go together; give both "
+        "(found {'name': 'cross_entropy'})",
+    ),
+    (
+        ["train.loss={name: mse, num_classes: 3}"],
+        "train.loss: `name: cross_entropy` and `num_classes` go together; give both "
+        "(found {'name': 'mse', 'num_classes': 3})",
+    ),
+    (
+        ["train.tasks.a={loss: bpr, labels: [a, b]}"],
+        "train.tasks.a: labels: bpr takes one column, not 2; make a task of each "
+        "(found {'loss': 'bpr', 'labels': ['a', 'b']})",
+    ),
+    (
+        ["train.loss=mse", "train.tasks.a.loss=mae"],
+        "train.loss: with train.tasks each task has a loss of its own; remove one of them",
+    ),
+    (["train.loss=bpr"], "train.loss: bpr ranks rows in groups; set data.group"),
+    (
+        ["train.tasks.a.loss=bpr"],
+        "train.tasks.a.loss: bpr ranks rows in groups; set data.group",
+    ),
+    (
+        ["evaluation.metrics=[log_loss]"],
+        "evaluation.metrics: log_loss is no metric; did you mean logloss?",
+    ),
+    (
+        ["evaluation.metrics=[mae]"],
+        f"evaluation.metrics: mae is a metric of mse, mae, and the loss is {BCE}; choose from "
+        "auc, gauc, logloss, normalized_entropy, calibration, accuracy, hr, recall, precision, "
+        "mrr, ndcg",
+    ),
+    (
+        ["evaluation.metrics=[ndcg]"],
+        "evaluation.metrics: ndcg: how many of the first rows count? Write ndcg@10, for example",
+    ),
+    (["evaluation.metrics=[auc@5]"], "evaluation.metrics: auc@5: auc has no cut; write auc"),
+    (
+        ["evaluation.metrics=[clicks/auc]", "train.tasks.click.loss=mse"],
+        "evaluation.metrics: clicks/auc: there is no task clicks; did you mean click?",
+    ),
+    (
+        ["evaluation.metrics=[gauc]"],
+        "evaluation.metrics: gauc is of rows in groups; set data.group",
+    ),
+    (
+        ["evaluation.early_stopping.patience=2"],
+        "evaluation: early_stopping: nothing is evaluated while training; set "
+        "evaluation.every_steps (found {'early_stopping': {'patience': 2}})",
+    ),
+    (
+        ["checkpoint.keep_best=true"],
+        "checkpoint.keep_best: nothing is evaluated while training; set evaluation.every_steps",
+    ),
+    (
+        [f"evaluation={EARLY}", "evaluation.metric=mse"],
+        "evaluation.metric: mse is none of evaluation.metrics; known are auc, logloss, "
+        "normalized_entropy",
+    ),
+    (
+        [f"evaluation={EARLY}", "evaluation.metrics=[calibration, auc]"],
+        "evaluation.metric: neither more nor less of calibration is better; choose from auc",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), LOSS_MISTAKES)
+def test_losses_and_metrics_that_do_not_fit(path: Path, overrides: list[str], message: str):
+    """The key, what is wrong with it, what is near it or would fit."""
+    assert _error(path, *overrides) == [message]
+
+
+def test_tasks_and_their_metrics(path: Path):
+    """By hand: the label's task by default, or those named, a label of the task's name if no other
+    is; metrics of each task that they fit, with its name where there are several."""
+    config = load_config(
+        path, ["data.label=click", "train.loss={name: cross_entropy, num_classes: 5}"]
+    )
+    assert [(t.name, t.loss, t.labels, t.num_outputs) for t in config.tasks] == [
+        ("click", "cross_entropy", ("click",), 5)
+    ]
+    assert [metric.key for metric in config.metrics] == ["logloss", "accuracy"]
+    config = load_config(
+        path,
+        [
+            "data.group=user",
+            "train.tasks.click.weight=2",
+            "train.tasks.tags.labels=['tag_{1..3}', other]",
+            "train.tasks.stars.loss=mse",
+            "evaluation.metrics=[logloss, stars/mae, calibration, ndcg@5]",
+            "evaluation.every_steps=5",
+            "evaluation.metric=tags/logloss",
+        ],
+    )
+    assert [(t.name, t.labels, t.weight) for t in config.tasks] == [
+        ("click", ("click",), 2.0),
+        ("tags", ("tag_1", "tag_2", "tag_3", "other"), 1.0),
+        ("stars", ("stars",), 1.0),
+    ]
+    assert [metric.key for metric in config.metrics] == [
+        *("click/logloss", "tags/logloss", "stars/mae"),
+        *("click/calibration", "tags/calibration", "stars/calibration"),
+        *("click/ndcg@5", "tags/ndcg@5"),
+    ]
+    assert config.best_metric.key == "tags/logloss"
+    schema = BatchSchema.from_config(config)
+    ranges = [(label.column, label.lowest, label.highest < 2) for label in schema.labels]
+    assert ranges[0] == ("click", 0, True) and ranges[-1][0] == "stars" and ranges[-1][1] < -1e38
+    assert schema.columns[:7] == ["click", "tag_1", "tag_2", "tag_3", "other", "stars", "I1"]
+    assert "user" in schema.columns
 
 
 def test_all_mistakes_are_told_at_once(path: Path):

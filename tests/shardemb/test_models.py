@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
-from torchrec.models.dlrm import DLRM_DCN
+from torchrec.models import dlrm as torchrec_dlrm
 
 from planner import RequestError
 from shardemb.config import RunConfig
 from shardemb.data.batch import Batch
 from shardemb.models import build_model
 from shardemb.models.dcn_v2 import DCNv2
+from shardemb.models.dlrm import DLRM
+from shardemb.models.mlp import MLP
 
 ROWS = 6
 
@@ -89,7 +91,7 @@ def test_dcn_v2_is_torchrecs() -> None:
     ]
     embeddings = EmbeddingBagCollection(tables=tables)
     ours = DCNv2(embeddings, 2, dense_layers=[4, 8], cross_layers=2, low_rank=3, over_layers=[6, 5])
-    theirs = DLRM_DCN(
+    theirs = torchrec_dlrm.DLRM_DCN(
         embeddings,
         dense_in_features=2,
         dense_arch_layer_sizes=[4, 8],
@@ -97,11 +99,67 @@ def test_dcn_v2_is_torchrecs() -> None:
         dcn_num_layers=2,
         dcn_low_rank_dim=3,
     )
-    theirs.dense_arch.model.load_state_dict(ours.dense.state_dict())
     theirs.inter_arch.crossnet.load_state_dict(ours.cross.state_dict())
-    theirs.over_arch.model.load_state_dict(ours.over.state_dict())
+    assert_same_outputs(ours, theirs)
+
+
+def test_dlrm_is_torchrecs() -> None:
+    """With equal weights it gives the logits of TorchRec's DLRM."""
+    tables = [
+        EmbeddingBagConfig(name=n, num_embeddings=10, embedding_dim=8, feature_names=[n])
+        for n in ("a", "b")
+    ]
+    embeddings = EmbeddingBagCollection(tables=tables)
+    ours = DLRM(embeddings, 2, dense_layers=[4], over_layers=[6, 5])
+    theirs = torchrec_dlrm.DLRM(
+        embeddings,
+        dense_in_features=2,
+        dense_arch_layer_sizes=[4, 8],
+        over_arch_layer_sizes=[6, 5, 1],
+    )
+    assert_same_outputs(ours, theirs)
+
+
+def assert_same_outputs(ours: DLRM | DCNv2, theirs: torchrec_dlrm.DLRM) -> None:
+    """With the weights of our MLPs in TorchRec's."""
+    theirs.dense_arch.model.load_state_dict(torchrec_names(ours.dense))
+    theirs.over_arch.model[0].load_state_dict(torchrec_names(ours.over))
+    theirs.over_arch.model[1].load_state_dict(ours.output.state_dict())
     batch = make_batch(("a", "b"))
     torch.testing.assert_close(ours(batch), theirs(batch.dense, batch.sparse))
+
+
+def torchrec_names(mlp: MLP) -> dict[str, torch.Tensor]:
+    return {
+        name.replace("layers", "_mlp").replace("linear", "_linear"): value
+        for name, value in mlp.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("name", ["dlrm", "dcn_v2"])
+@pytest.mark.parametrize("norm", [None, "batch", "layer"])
+def test_dropout_and_norms(name: str, norm: str | None) -> None:
+    """Dropout draws in training and not in evaluation; the norm is the one asked for."""
+    args = {"dropout": 0.5, "norm": norm, "dense_layers": [16], "over_layers": [16]}
+    model, batch = on_cpu(build_model(make_config(name=name, args=args))), make_batch()
+    assert not torch.equal(model(batch), model(batch))
+    model.eval()
+    before = model(batch)
+    assert torch.equal(before, model(batch))
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert ("BatchNorm" in kinds, "LayerNorm" in kinds) == (norm == "batch", norm == "layer")
+
+
+def test_outputs_follow_from_the_losses() -> None:
+    """One for each label, for cross-entropy one for each class; a model of one's own is told, if it
+    asks."""
+    config = make_config(name="dcn_v2")
+    classes = {"loss": {"name": "cross_entropy", "num_classes": 5}}
+    tasks = {"a": classes, "b": {"labels": ["b", "c"]}}
+    config = RunConfig.model_validate({**config.model_dump(), "train": {"tasks": tasks}})
+    assert on_cpu(build_model(config))(make_batch()).shape == (ROWS, 7)
+    with pytest.raises(RequestError, match=r"model.args.num_outputs: it follows from the losses"):
+        build_model(make_config(name="dlrm", args={"num_outputs": 2}))
 
 
 def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +210,13 @@ def test_dlrm_takes_a_feature_from_one_table() -> None:
         build_model(config.model_copy(update={"tables": tables}))
 
 
-@pytest.mark.parametrize("args", [{"dense_layers": 8}, {"dense_layers": ["a"]}, {"low_rank": 0}])
+@pytest.mark.parametrize(
+    "args",
+    [
+        *({"dense_layers": 8}, {"dense_layers": ["a"]}, {"low_rank": 0}),
+        *({"dropout": 1.5}, {"norm": "group"}),
+    ],
+)
 def test_wrong_values_of_model_args(args: dict[str, Any]) -> None:
     """A value that a model cannot be made of is the config's mistake, not a traceback."""
     with pytest.raises(RequestError, match="model.args"):

@@ -18,7 +18,7 @@ from planner import UserError
 from shardemb.data.batch import Batch
 from shardemb.data.columns import Origin, convert
 from shardemb.data.parquet import ParquetReader
-from shardemb.data.schema import BatchSchema, FeatureSchema
+from shardemb.data.schema import BatchSchema, FeatureSchema, LabelSchema
 from shardemb.data.sources import parquet_files
 from tests.shardemb.test_hashing import splitmix64
 
@@ -545,9 +545,72 @@ def test_a_corrupt_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     ]
     steps = list(zip(*(reader.epoch() for reader in ranks), strict=True))
     assert sum(batch.mask.sum() for batches in steps for batch in batches) == 2000
+    alone = ParquetReader([path], schema, batch_size=7, rank=0, world_size=1, skip_damaged=True)
+    assert all(batch.global_rows == batch.mask.sum() for batch in alone.epoch())
     for reader in ranks:
         assert [(w.row_group, w.rows) for w in reader.skipped] == [(1, 1000)]
     assert "left out 1000 rows" in capsys.readouterr().err
+
+
+def test_several_labels_and_groups(tmp_path: Path):
+    """Columns of labels side by side and a number for each row's group, in batches that are full
+    and in one that is not, whether rows have equally many ids or not; text and integers group the
+    same rows."""
+    random = np.random.default_rng(0)
+    users, labels = random.integers(0, 9, 50), random.normal(size=(2, 50)).astype(np.float32)
+    columns = {"y": labels[0], "z": labels[1], "user": users, "name": [f"u{n}" for n in users]}
+    for lists in ([[1, 2]] * 50, [[1] * (n % 3) for n in range(50)]):
+        path = _write(tmp_path / "f.parquet", {"l": lists, **columns}, 8)
+        for group in ("user", "name"):
+            pair = tuple(LabelSchema(name, -9, 9) for name in "yz")
+            schema = BatchSchema(pair, ("n",), features=(_feature("l"),), group=group)
+            for options in ({"shuffle": True}, {}):
+                seen = 0
+                reader = ParquetReader(path, schema, batch_size=16, rank=0, world_size=1, **options)
+                for batch in reader.epoch():
+                    count = int(batch.mask.sum())
+                    number = batch.dense[:count, 0].long().numpy()
+                    assert batch.labels.shape == (16, 2) and not batch.labels[count:].any()
+                    assert np.array_equal(batch.labels[:count].numpy(), labels.T[number])
+                    assert batch.groups is not None
+                    groups = batch.groups[:count].numpy()
+                    same = users[number][:, None] == users[number]
+                    assert np.array_equal(groups[:, None] == groups, same)
+                    seen += count
+                assert seen == 50
+
+
+@pytest.mark.parametrize(
+    ("label", "values", "message"),
+    [
+        (LabelSchema("y", 0, 4, is_whole=True), [4, 0, 5], "is 5, it must be a class from 0 to 4; "
+         "set num_classes"),
+        (LabelSchema("y", 0, 4, is_whole=True), [4, 0, 1.5], "is 1.5, it must be a class"),
+        (LabelSchema("y", -3e38, 3e38), [1.5, -7.0, None], "is null, it must be a finite"),
+        (LabelSchema("y", 0, 3e38), [1.5, 7.0, -1], "is -1.0, it must be a finite 32-bit "
+         "number, and not negative"),
+    ],
+)  # fmt: skip
+def test_labels_of_other_losses(tmp_path: Path, label: LabelSchema, values: Any, message: str):
+    """File, row, column, what is there and what must be."""
+    path = _write(tmp_path / "f.parquet", {"y": values, "c": [0, 0, 0]})
+    schema = BatchSchema((label,), features=(_feature("c"),))
+    with pytest.raises(UserError) as caught:
+        _read(path, schema)
+    assert f"{path}, row 2: the label (column y) {message}" in str(caught.value)
+
+
+def test_groups_that_are_none(tmp_path: Path):
+    """A null group is told with its row; a column that is not there, or is no id, at once."""
+    columns = {"user": ["a", None, "b"], "f": [0.5, 1.5, 2.5], "c": [0, 0, 0]}
+    path = _write(tmp_path / "f.parquet", columns)
+    schemas = {name: _schema(_feature("c"), group=name) for name in ("user", "f", "nobody")}
+    with pytest.raises(UserError, match=rf"{path}, row 1: the group \(data.group: user\) is null"):
+        _read(path, schemas["user"])
+    with pytest.raises(UserError, match=r"column f: a group \(data.group\) is an integer or text"):
+        _read(path, schemas["f"])
+    with pytest.raises(UserError, match="has no column nobody, which the config uses"):
+        _read(path, schemas["nobody"])
 
 
 def test_a_damaged_file_is_never_a_traceback(tmp_path: Path):
