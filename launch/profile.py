@@ -43,7 +43,8 @@ def make(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure lookups, collectives and plans here, and fit the cost model that `plan --cost` takes.
+    """Measure lookups, collectives and plans here, fit the cost model that `plan --cost` takes, and
+    train the policy of `plan --search dreamshard` on it.
 
     Measurements of an earlier run in DIR are kept, and counted: --minutes 0 fits them anew.
     """
@@ -83,9 +84,12 @@ def update(
 def _fit(out: Path, seed: int, as_json: bool) -> None:
     from planner.cost.calibrate import fit_profile
     from shardemb.profiler.samples import read_measurements
+    from shardemb.profiler.train_policy import with_policy
 
     with stderr.status("fitting"):
         fitted = fit_profile(read_measurements(out), seed)
+    with stderr.status("training the placement policy"):
+        fitted = with_policy(fitted, seed)
     path = out / "profile.json"
     fitted.save(path)
     summary = {"profile": str(path), **fitted.summary()}

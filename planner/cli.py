@@ -101,7 +101,10 @@ Objective = Annotated[
 ]
 Search = Annotated[
     str | None,
-    typer.Option(metavar="HOW", help="auto (default), or a baseline such as size_greedy"),
+    typer.Option(
+        metavar="HOW",
+        help="auto (default), dreamshard: a profile's policy, or a baseline such as size_greedy",
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(min=0)]
 TimeBudget = Annotated[

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from planner.constraints import TableConstraint
@@ -12,6 +13,7 @@ from planner.geometry import SHARDING_TYPES, ShardingType
 from planner.make_plan import make_plan
 from planner.plan import Plan
 from planner.search.baselines import BASELINES, plan_by_baseline
+from planner.search.dreamshard import plan_by_policy
 from planner.tables import TableSpec
 from planner.topology import Topology
 
@@ -27,8 +29,9 @@ def make_learned_plan(
     time_budget: float | None = None,
     **settings: Any,
 ) -> Plan:
-    """Of the search's plans and those of the published rules the one that `model.estimate` has as
-    the fastest; `settings` are those of `make_plan`, and so is what is raised.
+    """Of the search's plans, that of the profile's policy, where it has one, and those of the
+    published rules the one that `model.estimate` has as the fastest; `settings` are those of
+    `make_plan`, and so is what is raised.
 
     Its costs, step and bound are sums over shards, as LearnedCost says: the bound, which the search
     proves, holds for all of these plans. Under `max_total`, which the profile does not predict, it
@@ -38,17 +41,22 @@ def make_learned_plan(
     searched = make_plan(*problem, time_budget=time_budget, **settings)
     if searched.objective != "stages":
         return searched
-    plans = [searched, *_plans_by_rule(problem, settings)]
+    plans = [searched, *_other_plans(problem, model, settings)]
     if len(tables) * topology.world_size <= MOST_FOR_FEWER_TYPES:
         plans.append(_with_fewer_types(searched, problem, settings))
     fastest = min(plans, key=lambda plan: model.estimate(plan).step_ms)
     return fastest if fastest is searched else _with_bound(fastest, searched)
 
 
-def _plans_by_rule(problem: tuple[Any, ...], settings: dict[str, Any]) -> Iterator[Plan]:
-    for name in BASELINES:
+def _other_plans(
+    problem: tuple[Any, ...], model: LearnedCost, settings: dict[str, Any]
+) -> Iterator[Plan]:
+    ways: list[Callable[..., Plan]] = [partial(plan_by_baseline, name) for name in BASELINES]
+    if model.profile.policy is not None:
+        ways.append(plan_by_policy)
+    for way in ways:
         try:
-            yield plan_by_baseline(name, *problem, **settings)
+            yield way(*problem, **settings)
         except PlannerError:  # no room, or no such option under the constraints
             continue
 

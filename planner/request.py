@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 COST_MODELS = ("analytic", "torchrec")
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
-AUTO = "auto"
+AUTO, DREAMSHARD = "auto", "dreamshard"
 MOST_ROWS = 10**9  # on one rank: a typing mistake otherwise
 
 
@@ -108,7 +108,7 @@ def plan_tables(path: Path, overrides: Sequence[str], request: PlanRequest) -> P
 
 
 def plan_list(tables: TableList, topology: Topology, request: PlanRequest) -> Plan:
-    """The plan that the search, or the baseline that `request` names, makes."""
+    """The plan that the search makes, or the policy or baseline that `request` names."""
     batch_size = batch_size_of(tables, topology, request.batch_size)
     model = cost_model(request.cost or COST_MODELS[0], batch_size)
     settings: dict[str, Any] = {
@@ -123,9 +123,13 @@ def plan_list(tables: TableList, topology: Topology, request: PlanRequest) -> Pl
         return planner_for(model)(*problem, time_budget=_time_budget(request), **settings)
     from planner.search.baselines import BASELINES, plan_by_baseline
 
-    name = choose("--search", search, (AUTO, *BASELINES))
+    name = choose("--search", search, (AUTO, DREAMSHARD, *BASELINES))
     if request.time_budget is not None:
         raise RequestError(f"--time-budget is for --search {AUTO}: {name} takes no time")
+    if name == DREAMSHARD:
+        from planner.search.dreamshard import plan_by_policy
+
+        return plan_by_policy(*problem, **settings)
     return plan_by_baseline(name, *problem, **settings)
 
 

@@ -24,8 +24,10 @@ HEAVY = ("torch", "torchrec", "ray")
         "planner.sweep",
         "planner.cost.calibrate",
         "planner.cost.learned",
+        "planner.learned_plan",
         "shardemb.config",
         "shardemb.planning",
+        "shardemb.profiler.placement_tasks",
         "launch.cli",
     ],
 )

@@ -86,7 +86,8 @@ class AnalyticCost:
         costs = np.empty((len(shards), len(STAGES)))
         is_replicated = shards.sharding_type == TYPE_CODE["data_parallel"]
         for chosen, cost in ((~is_replicated, self._sharded), (is_replicated, self._replicated)):
-            costs[chosen] = cost(shards.select(chosen), topology, speeds)
+            if chosen.any():
+                costs[chosen] = cost(shards.select(chosen), topology, speeds)
         return costs
 
     def _sharded(self, shards: ShardColumns, topology: Topology, speeds: _Speeds) -> Floats:

@@ -58,8 +58,8 @@ def _fit_set_network(sets: Sets, seed: int) -> SetNetwork:
     scale = np.where(scale > SMALLEST_SCALE, scale, 1.0)
     normal = replace(sets, features=(sets.features - mean) / scale)
     inputs = normal.features.shape[1]
-    with _seeded(seed):
-        bent, straight = _mlp(inputs, HIDDEN, HIDDEN, WIDTH), torch.nn.Linear(inputs, WIDTH)
+    with seeded(seed):
+        bent, straight = mlp(inputs, HIDDEN, HIDDEN, WIDTH), torch.nn.Linear(inputs, WIDTH)
         typical = torch.tensor(np.log(np.median(sets.times, axis=0)), dtype=torch.float32)
         # Logarithms of weights [stages, pieces, width] and of biases [stages, pieces].
         weights = torch.nn.Parameter(torch.randn(2, PIECES, WIDTH) + typical[:, None, None] - 4)
@@ -81,10 +81,10 @@ def _fit_set_network(sets: Sets, seed: int) -> SetNetwork:
     return SetNetwork(
         mean=mean,
         scale=scale,
-        bent=_layers(bent),
-        straight=_layers([straight])[0],
-        forward=ConvexHead(weights=_array(weights[0].exp()), biases=_array(biases[0].exp())),
-        backward=ConvexHead(weights=_array(weights[1].exp()), biases=_array(biases[1].exp())),
+        bent=linear_layers(bent),
+        straight=linear_layers([straight])[0],
+        forward=ConvexHead(weights=to_array(weights[0].exp()), biases=to_array(biases[0].exp())),
+        backward=ConvexHead(weights=to_array(weights[1].exp()), biases=to_array(biases[1].exp())),
     )
 
 
@@ -95,7 +95,7 @@ def fit_convex_head(inputs: Floats, times: Floats, seed: int) -> ConvexHead:
     scale = np.maximum(inputs.max(axis=0), 1.0)
     x, log_times = (torch.tensor(a, dtype=torch.float32) for a in (inputs / scale, np.log(times)))
     highest, lowest = np.log(times.max()), np.log(times.min())
-    with _seeded(seed):
+    with seeded(seed):
         # The first piece starts as the latency, the others with ever steeper slopes.
         start = torch.linspace(float(lowest) - 2, float(highest), PIECES)
         weights = torch.nn.Parameter(start[:, None].repeat(1, inputs.shape[1]))
@@ -109,7 +109,7 @@ def fit_convex_head(inputs: Floats, times: Floats, seed: int) -> ConvexHead:
             torch.autograd.backward(error)
             optimizer.step()
             schedule.step()
-    return ConvexHead(weights=_array(weights.exp()) / scale, biases=_array(biases.exp()))
+    return ConvexHead(weights=to_array(weights.exp()) / scale, biases=to_array(biases.exp()))
 
 
 def fit_dreamshard(sets: Sets, plans: Ints, step_ms: Floats, seed: int) -> DreamShardNetwork:
@@ -120,9 +120,9 @@ def fit_dreamshard(sets: Sets, plans: Ints, step_ms: Floats, seed: int) -> Dream
     import torch
 
     inputs, (hidden, width) = sets.features.shape[1], DREAMSHARD_TABLE
-    with _seeded(seed):
-        table = torch.nn.Sequential(_mlp(inputs, hidden, width), torch.nn.ReLU())
-        heads = torch.nn.ModuleList(_mlp(width, DREAMSHARD_HEAD, 1) for _ in range(4))
+    with seeded(seed):
+        table = torch.nn.Sequential(mlp(inputs, hidden, width), torch.nn.ReLU())
+        heads = torch.nn.ModuleList(mlp(width, DREAMSHARD_HEAD, 1) for _ in range(4))
         times = torch.tensor(sets.times, dtype=torch.float32)
         steps = torch.tensor(step_ms, dtype=torch.float32)
         all_features = torch.tensor(sets.features, dtype=torch.float32)
@@ -147,9 +147,9 @@ def fit_dreamshard(sets: Sets, plans: Ints, step_ms: Floats, seed: int) -> Dream
         parameters = [*table.parameters(), *heads.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=DREAMSHARD_RATE)
         _minimize(sets, loss, optimizer, DREAMSHARD_STEPS, DREAMSHARD_BATCH, seed)
-    forward, backward, communication, overall = (_layers(head) for head in heads)
+    forward, backward, communication, overall = (linear_layers(head) for head in heads)
     return DreamShardNetwork(
-        table=_layers(table[0]),
+        table=linear_layers(table[0]),
         forward=forward,
         backward=backward,
         communication=communication,
@@ -158,7 +158,7 @@ def fit_dreamshard(sets: Sets, plans: Ints, step_ms: Floats, seed: int) -> Dream
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Torch's own random state stays as it was."""
     import torch
 
@@ -167,7 +167,7 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _mlp(*sizes: int) -> torch.nn.Sequential:
+def mlp(*sizes: int) -> torch.nn.Sequential:
     """Linear layers with ReLU between them."""
     import torch
 
@@ -220,10 +220,10 @@ def _rows_of(counts: Ints, chosen: Ints) -> tuple[Ints, Ints]:
     return starts[owner] + within, owner
 
 
-def _array(tensor: torch.Tensor) -> Floats:
+def to_array(tensor: torch.Tensor) -> Floats:
     return np.asarray(tensor.detach().numpy().astype(np.float64))
 
 
-def _layers(modules: Any) -> tuple[Linear, ...]:
+def linear_layers(modules: Any) -> tuple[Linear, ...]:
     linear = [module for module in modules if hasattr(module, "weight")]
-    return tuple(Linear(weights=_array(m.weight), biases=_array(m.bias)) for m in linear)
+    return tuple(Linear(weights=to_array(m.weight), biases=to_array(m.bias)) for m in linear)

@@ -87,22 +87,31 @@ class LearnedCost:
         measured = self._is_measured(shards, topology)
         work = ShardWork.of(shards.select(measured), topology, self.batch_size)
         others = sum_by(additive[~measured][:, COMPUTE], rank[~measured], ranks)
-        links_ms = sum_by(additive[:, LINKS], rank, ranks).max(axis=0)
+        links_ms = self.links_ms(shards, additive, topology, rank[None])[0]
         if times:
             loads = self.plan_loads(shards, rank, topology)
             compute = times.compute(loads)
-            if topology.num_hosts == 1:
+            if self._knows_links(topology):
                 links_ms = times.links_ms(loads)
         else:
             compute = self.profile.compute.estimate(work, rank[measured], ranks)
-            if self._knows_links(topology):
-                links = LinkBytes.of(shards, topology, self.batch_size)
-                links_ms = links.stage_ms(self.profile.communication, rank)
         return PlanEstimate(
             compute=Estimate(*(part + others for part in compute)),
             links_ms=links_ms,
             extrapolated=float(self.profile.compute.extrapolated(work).max(initial=1.0)),
         )
+
+    def links_ms(
+        self, shards: ShardColumns, additive: Floats, topology: Topology, ranks: Ints
+    ) -> Floats:
+        """[plans, 2]: the collectives of plans that have each shard on a rank, `ranks` [plans,
+        shards]; `additive` is what `stage_costs` says of the shards. Without what all plans of the
+        same sharding types have alike."""
+        if self._knows_links(topology) and self._times(topology) is None:
+            links = LinkBytes.of(shards, topology, self.batch_size)
+            return links.stage_ms(self.profile.communication, ranks)
+        sums = [sum_by(additive[:, LINKS], rank, topology.world_size) for rank in ranks]
+        return np.asarray(np.max(sums, axis=1))
 
     def plan_loads(self, shards: ShardColumns, rank: Ints, topology: Topology) -> PlanLoads:
         """What `profile.plans` weighs, of a plan that has each shard on its `rank`."""

@@ -70,28 +70,30 @@ class LinkBytes:
         ids = slope["all_to_all"] * self.ids * others
         return np.stack([forward + ids, backward + all_reduce], axis=1)
 
-    def stage_ms(self, times: Times, rank: Ints) -> Floats:
-        """[2]: forward and backward of a plan that has each shard on its `rank`."""
-        ids = self._exchange_ms(times, self.ids, rank, backwards=True)
+    def stage_ms(self, times: Times, ranks: Ints) -> Floats:
+        """[plans, 2]: forward and backward of plans that have each shard on a rank, `ranks`
+        [plans, shards]."""
+        ids = self._exchange_ms(times, self.ids, ranks, backwards=True)
         whole = ~self.is_summed
-        exchange = self._exchange_ms(times, self.embeddings * whole, rank)
+        exchange = self._exchange_ms(times, self.embeddings * whole, ranks)
         # Row shards of a table are on all ranks of the host, and each has all bags.
         summed = self.embeddings[self.is_summed].sum() / self.world_size
         reduced = self.replicated.sum() / self.world_size
         forward = ids + exchange + self._even_ms(times, "reduce_scatter", summed)
         gathered = self._even_ms(times, "all_gather", summed)
         backward = exchange + gathered + self._even_ms(times, "all_reduce", reduced)
-        return np.array([forward, backward])
+        return np.stack([forward, backward], axis=1)
 
     def _exchange_ms(
-        self, times: Times, sent: Floats, rank: Ints, backwards: bool = False
-    ) -> float:
-        """An all-to-all in which each rank sends its part to all others, or gets it from them."""
+        self, times: Times, sent: Floats, ranks: Ints, backwards: bool = False
+    ) -> Floats:
+        """[plans]: an all-to-all in which each rank sends its part to all others, or gets it from
+        them."""
         if not sent.any():
-            return 0.0
-        by_rank = np.bincount(rank, sent, minlength=self.world_size) / self.world_size
-        loads = rank_loads("all_to_all", by_rank[None])
-        return float(times["all_to_all"].ms(loads[:, [1, 0, 2]] if backwards else loads)[0])
+            return np.zeros(len(ranks))
+        by_rank = [np.bincount(own, sent, minlength=self.world_size) for own in ranks]
+        loads = rank_loads("all_to_all", np.array(by_rank) / self.world_size)
+        return times["all_to_all"].ms(loads[:, [1, 0, 2]] if backwards else loads)
 
     def _even_ms(self, times: Times, kind: Collective, size: float) -> float:
         if size == 0:

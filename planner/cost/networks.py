@@ -60,14 +60,14 @@ class Linear(Part):
 Layers = Annotated[tuple[Linear, ...], Field(min_length=1)]
 
 
-def _relu(values: Floats) -> Floats:
+def relu(values: Floats) -> Floats:
     return np.maximum(values, 0.0)
 
 
-def _through(layers: tuple[Linear, ...], values: Floats) -> Floats:
+def through(layers: tuple[Linear, ...], values: Floats) -> Floats:
     """Linear layers with ReLU between them."""
     for layer in layers[:-1]:
-        values = _relu(layer(values))
+        values = relu(layer(values))
     return layers[-1](values)
 
 
@@ -86,7 +86,8 @@ class ConvexHead(Linear):
 
     def largest(self, sums: Floats) -> Floats:
         """[sets] from [sets, inputs]."""
-        return np.asarray(self(sums).max(axis=1))
+        pieces = self.weights @ sums.T + self.biases[:, None]
+        return np.asarray(pieces.max(axis=0))  # over the first axis: several times as fast
 
     def slope(self, sums: Floats) -> Floats:
         """[inputs]: that of the piece which decides at `sums` [inputs]."""
@@ -123,7 +124,7 @@ class SetNetwork(Part):
     def represent(self, features: Floats) -> Floats:
         """[shards, width]: what each adds to the sum of its device; all positive."""
         normal = (features - self.mean) / self.scale
-        return np.exp(_through(self.bent, normal) + self.straight(normal))
+        return np.exp(through(self.bent, normal) + self.straight(normal))
 
 
 class Ensemble(Part):
@@ -169,13 +170,13 @@ class DreamShardNetwork(Part):
 
     def represent(self, features: Floats) -> Floats:
         """[tables, 32] from [tables, 21]."""
-        return _relu(_through(self.table, features))
+        return relu(through(self.table, features))
 
     def stage_ms(self, sums: Floats) -> Floats:
         """[devices, 3]: forward, backward and communication, from [devices, 32]."""
         heads = (self.forward, self.backward, self.communication)
-        return np.concatenate([_through(head, sums) for head in heads], axis=1)
+        return np.concatenate([through(head, sums) for head in heads], axis=1)
 
     def step_ms(self, sums: Floats) -> Floats:
         """[plans]: the whole step, from [plans, devices, 32]."""
-        return np.asarray(_through(self.overall, sums.max(axis=1))[:, 0])
+        return np.asarray(through(self.overall, sums.max(axis=1))[:, 0])

@@ -199,7 +199,7 @@ class PlanLoads:
         collectives = np.zeros(2)
         if times and sent.any():
             links = LinkBytes.of(shards.select(sent), topology, batch_size)
-            collectives = links.stage_ms(times, rank[sent])
+            collectives = links.stage_ms(times, rank[sent][None])[0]
         busiest = sum_by(own.links, rank, topology.world_size).max(axis=0)
         same = [1.0, len(types), features]
         bytes_out = float(batch_size * width * OUTPUT_BYTES)

@@ -18,6 +18,7 @@ from planner.cost.plan_times import PlanTimes
 from planner.cost.stages import STAGES
 from planner.errors import RequestError
 from planner.files import write_whole
+from planner.search.policy import PlacementPolicy
 from planner.shards import Floats, Ints
 from planner.validation import explain
 
@@ -53,12 +54,16 @@ class ComputeTimes(Part):
         return self
 
     def estimate(self, work: ShardWork, owner: Ints, devices: int) -> Estimate:
-        """[devices, 2]: forward and backward; `owner` [shards] is the device of each. A device
-        without shards runs no kernel."""
-        sums = sum_by(self.network.represent(work.features), owner, devices)
-        ms = self.network.stage_ms(sums) * (sums.max(axis=1, keepdims=True) > 0)
+        """[devices, 2]: forward and backward; `owner` [shards] is the device of each."""
+        ms = self.stage_ms(sum_by(self.network.represent(work.features), owner, devices))
         factor = np.exp(self.margins)
         return Estimate(ms, ms / factor, ms * factor)
+
+    def stage_ms(self, sums: Floats) -> Floats:
+        """[devices, 2], from what the network represents shards by, summed; a device without
+        shards runs no kernel."""
+        is_used = sums.max(axis=1, keepdims=True) > 0
+        return np.where(is_used, self.network.stage_ms(sums), 0.0)
 
     def extrapolated(self, work: ShardWork) -> Floats:
         """[shards]: how many times beyond the measured range a shard is, in its worst feature; 1
@@ -82,10 +87,13 @@ class Profile(Part):
         default=(), description="for each number of ranks that whole plans were run on"
     )
     dreamshard: DreamShardNetwork
+    policy: PlacementPolicy | None = Field(
+        default=None, description="where one was trained: --search dreamshard places by it"
+    )
 
     def save(self, path: Path) -> None:
         """Write `path` whole or not at all."""
-        write_whole(path, self.model_dump_json() + "\n", "profile")
+        write_whole(path, self.model_dump_json(exclude_none=True) + "\n", "profile")
 
     def summary(self) -> dict[str, Any]:
         """What was measured, and how far off predictions are: 9 of 10 are nearer."""

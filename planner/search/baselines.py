@@ -117,10 +117,10 @@ def _deal(
     load, used = np.zeros(count), np.full(count, float(problem.fixed_memory))
     places: list[tuple[int, ...]] = [()] * len(option)
     for unit in order:
-        allowed = _allowed(problem, int(unit), span)
+        allowed = allowed_places(problem, int(unit), span)
         free = np.flatnonzero(allowed & (used + memory[unit] <= problem.memory_limit))
         if not len(free):
-            raise _no_room(problem, int(unit), sharding_type, memory[unit], used[allowed])
+            raise no_room(problem, int(unit), sharding_type, memory[unit], used[allowed])
         if weigh is None:
             place = int(generator.choice(free))
         else:
@@ -139,9 +139,10 @@ def _options(problem: Problem, sharding_type: ShardingType) -> Ints:
     chosen = np.full(len(problem.units), -1)
     chosen[options.unit[found]] = found
     if (chosen < 0).any():
+        names = unit_names(problem, int(chosen.argmin()))
         raise PlannerError(
-            f"table {_names(problem, int(chosen.argmin()))} cannot be {sharding_type} in device "
-            "memory: its constraints or the topology leave no such option"
+            f"table {names} cannot be {sharding_type} in device memory: its constraints or the "
+            "topology leave no such option"
         )
     return chosen
 
@@ -152,7 +153,7 @@ def _span(topology: Topology, sharding_type: ShardingType) -> int:
     return spans.get(SCOPE[sharding_type], 1)
 
 
-def _allowed(problem: Problem, unit: int, span: int) -> Bools:
+def allowed_places(problem: Problem, unit: int, span: int) -> Bools:
     """The places whose devices may all hold the unit."""
     world = np.arange(problem.topology.world_size)
     ranks = problem.allowed_ranks.get(unit)
@@ -160,17 +161,17 @@ def _allowed(problem: Problem, unit: int, span: int) -> Bools:
     return np.asarray(may.reshape(-1, span).all(axis=1))
 
 
-def _no_room(
+def no_room(
     problem: Problem, unit: int, sharding_type: ShardingType, needed: float, used: Floats
 ) -> PlannerError:
     free = max(0.0, problem.memory_limit - used.min(initial=problem.memory_limit))
     return PlannerError(
-        f"no room for table {_names(problem, unit)}: {sharding_type} it takes "
+        f"no room for table {unit_names(problem, unit)}: {sharding_type} it takes "
         f"{needed / 2**30:.3g} GiB of a device, and the emptiest has {free / 2**30:.3g} GiB left"
     )
 
 
-def _names(problem: Problem, unit: int) -> str:
+def unit_names(problem: Problem, unit: int) -> str:
     return ", ".join(problem.tables[i].name for i in problem.units[unit])
 
 

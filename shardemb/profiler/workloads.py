@@ -109,9 +109,9 @@ def draw_device_work(
     generator = np.random.default_rng([seed, 0, number])
     kind = generator.uniform()
     if device_type == "cuda" and kind < COPY_SHARE:
-        return HostCopy(_log_int(generator, *COPY_BYTES))
+        return HostCopy(log_int(generator, *COPY_BYTES))
     if device_type == "cuda" and kind < COPY_SHARE + MATMUL_SHARE:
-        rows, inner, columns = (_log_int(generator, *MATRIX_SIDES) for _ in range(3))
+        rows, inner, columns = (log_int(generator, *MATRIX_SIDES) for _ in range(3))
         return DenseMatmul((rows, inner, columns))
     return _draw_set(seed, number, LIMITS[device_type])
 
@@ -123,7 +123,7 @@ def draw_collective(seed: int, number: int, world_size: int) -> CollectiveCall:
     turn, place = divmod(number, len(COLLECTIVES))  # each kind once a turn, in random order
     order = np.random.default_rng([seed, 4, turn]).permutation(len(COLLECTIVES))
     kind = COLLECTIVES[order[place]]
-    size = _log_int(generator, *COLLECTIVE_BYTES)
+    size = log_int(generator, *COLLECTIVE_BYTES)
     shares = np.ones(world_size)
     if kind == "all_to_all" and generator.uniform() > BALANCED_SHARE:
         shares = generator.uniform(0, 1, world_size)
@@ -151,7 +151,7 @@ def draw_plan(seed: int, number: int, world_size: int, device_type: str) -> Plan
     On each rank the limits of a kernel hold, on average over the ranks.
     """
     generator = np.random.default_rng([seed, 5, world_size, number])
-    rows = _log_int(generator, *PLAN_BATCH_SIZES)
+    rows = log_int(generator, *PLAN_BATCH_SIZES)
     tables = _plan_tables(generator, rows * world_size, world_size, LIMITS[device_type])
     plan = random_plan(tables, world_size, generator)
     return plan.model_copy(update={"batch_size": rows})
@@ -176,7 +176,7 @@ def _plan_tables(
     optimizer = OPTIMIZERS[int(generator.integers(len(OPTIMIZERS)))]
     chosen: list[TableSpec] = []
     lookups, size = 0.0, 0
-    for number in range(_log_int(generator, *PLAN_TABLES)):
+    for number in range(log_int(generator, *PLAN_TABLES)):
         table = draw_table(generator, f"t{number}", rows, dtype, optimizer, limits)
         lookups += table.pooling_factor * rows
         size += _table_bytes(table)
@@ -217,10 +217,10 @@ def draw_task(
     Every device has a table; some have far more than others.
     """
     generator = np.random.default_rng([seed, 2, task])
-    batch_size = _log_int(generator, *BATCH_SIZES)
+    batch_size = log_int(generator, *BATCH_SIZES)
     dtype = DTYPES[int(generator.uniform() > FP32_SHARE)]
     optimizer = OPTIMIZERS[int(generator.integers(len(OPTIMIZERS)))]
-    count = _log_int(generator, *TABLES)
+    count = log_int(generator, *TABLES)
     tables = [
         draw_table(generator, f"t{i}", batch_size, dtype, optimizer, limits) for i in range(count)
     ]
@@ -237,8 +237,8 @@ def draw_table(
     limits: Limits,
 ) -> TableSpec:
     """A table that on its own stays below the limits."""
-    columns = _log_int(generator, *EMBEDDING_DIMS) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
-    rows = _log_int(generator, *NUM_EMBEDDINGS)
+    columns = log_int(generator, *EMBEDDING_DIMS) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
+    rows = log_int(generator, *NUM_EMBEDDINGS)
     most_pooling = min(POOLING_FACTORS[1], limits.lookups / batch_size)
     pooling = round(_log_uniform(generator, POOLING_FACTORS[0], most_pooling), 2)
     table = TableSpec(
@@ -282,5 +282,5 @@ def _log_uniform(generator: np.random.Generator, low: float, high: float) -> flo
     return float(np.exp(generator.uniform(np.log(low), np.log(high))))
 
 
-def _log_int(generator: np.random.Generator, low: int, high: int) -> int:
+def log_int(generator: np.random.Generator, low: int, high: int) -> int:
     return round(_log_uniform(generator, low, high))

@@ -170,7 +170,7 @@ MISTAKES = {
     ),
     "unknown search": (
         ["tables.json", *ON_FOUR, "--search", "best"],
-        "--search 'best': choose auto, random, size_greedy",
+        "--search 'best': choose auto, dreamshard, random",
     ),
     "time for a baseline": (
         ["tables.json", *ON_FOUR, "--search", "random", "--time-budget", "1"],
