@@ -8,10 +8,11 @@ from math import comb
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection
-from torchrec.models.dlrm import InteractionArch, SparseArch
+from torchrec.models.dlrm import SparseArch
 
 from planner import RequestError
 from shardemb.data.batch import Batch
+from shardemb.models.dot_interaction import DotInteraction
 from shardemb.models.mlp import MLP, Norm
 
 
@@ -51,7 +52,7 @@ class DLRM(nn.Module):
             )
         self.sparse = SparseArch(embeddings)
         self.dense = MLP(num_dense, [*dense_layers, dims[0]], dropout, norm)
-        self.interaction = InteractionArch(len(names))
+        self.interaction = DotInteraction(len(names))
         width = dims[0] + comb(len(names) + 1, 2)  # of the dense features and of all pairs
         self.over = MLP(width, over_layers, dropout, norm)
         self.output = nn.Linear(over_layers[-1] if over_layers else width, num_outputs)
