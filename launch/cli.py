@@ -77,7 +77,9 @@ def train(
 def evaluate(
     config_path: ConfigPath,
     overrides: Overrides = None,
-    checkpoint: Annotated[str, typer.Option(help="a name in checkpoint.dir")] = "latest",
+    checkpoint: Annotated[
+        str, typer.Option(help="latest, best, or a name in checkpoint.dir")
+    ] = "latest",
     as_json: Json = False,
 ) -> None:
     """Evaluate a checkpoint of the run in `output` on the test split, on any number of workers."""

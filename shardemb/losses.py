@@ -40,19 +40,20 @@ class Loss:
         A task's loss is the mean over the rows of all ranks, padding left out; a ranking loss the
         mean over the pairs, or the groups, that these rows have.
         """
-        return torch.stack(
-            [each.task.weight * _part(each, outputs, batch) for each in self._columns]
-        ).sum()
+        first, *others = (_part(each, outputs, batch) for each in self._columns)
+        return sum(others, first)
 
 
 def _part(columns: Columns, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
     task = columns.task
     outputs = outputs[:, columns.outputs].float()
     labels = batch.labels.view(len(outputs), -1)[:, columns.labels]
+    scale = task.weight / len(task.labels)
     if task.is_ranking:
         rows = rank_among_all(outputs[:, 0], labels[:, 0], batch)
-        return _RANKING[task.loss](rows) * batch.global_rows
+        return _RANKING[task.loss](rows) * (scale * batch.global_rows)
     if task.num_classes is not None:
-        return cross_entropy(outputs, labels[:, 0].long(), reduction="none") @ batch.mask
-    losses = _ELEMENTWISE[task.loss](outputs, labels, reduction="none")
-    return losses.mean(dim=1) @ batch.mask
+        losses = cross_entropy(outputs, labels[:, 0].long(), reduction="none")[:, None]
+    else:
+        losses = _ELEMENTWISE[task.loss](outputs, labels, reduction="none")
+    return (losses * batch.mask[:, None]).sum() * scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import shardemb.trainer
 from planner import UserError
 from shardemb.best_step import BestStep
 from shardemb.checkpoint.checkpoints import BEST, Checkpoints
 from shardemb.checkpoint.listing import LIST
+from shardemb.data.batch import Batch
 from shardemb.data.parquet import ParquetReader
 from shardemb.data.schema import BatchSchema
 from shardemb.metrics.evaluation import Evaluation
@@ -140,3 +143,37 @@ def test_no_checkpoint_is_the_best(pool: WorkerPool, tmp_path: Path) -> None:
     """Asked for where none is marked, it says what marks one."""
     for message in pool.run(best_of, tmp_path):
         assert "none of the checkpoints" in message and "checkpoint.keep_best" in message
+
+
+def speed_by_clock(data: Path) -> list[float]:
+    """What is told where a step takes a second and an evaluation a thousand, by another clock."""
+    trainer, now = make_trainer("row_wise"), [0.0]
+    train_step, evaluate = trainer.train_step, trainer.evaluate
+
+    def slow_step(batch: Batch) -> torch.Tensor:
+        now[0] += 1
+        return train_step(batch)
+
+    def slow_evaluation(batches: Iterable[Batch]) -> Evaluation:
+        now[0] += 1000
+        return evaluate(batches)
+
+    trainer.train_step, trainer.evaluate = slow_step, slow_evaluation  # type: ignore[method-assign]
+    schema = BatchSchema.for_tables(trainer.model.table_specs)
+    size = GLOBAL_BATCH // dist.get_world_size()
+    readers = [ParquetReader(data / name, schema, batch_size=size) for name in ("train", "test")]
+    speeds: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shardemb.trainer.time, "perf_counter", lambda: now[0])
+        trainer.train(
+            readers[0], max_steps=20, report_every=1, validation=Validation(readers[1], EVERY),
+            report=lambda progress: speeds.append(progress.samples_per_second),
+        )  # fmt: skip
+    return speeds
+
+
+def test_evaluation_is_no_time_of_training(pool: WorkerPool, data: Path) -> None:
+    """Rows a second are those of the steps alone."""
+    for speeds in pool.run(speed_by_clock, data):
+        assert len(speeds) == 20
+        assert speeds == pytest.approx([GLOBAL_BATCH] * 20)
