@@ -86,6 +86,10 @@ CASES = {
 def test_every_type(pool: WorkerPool, sharding_type: str, case: str) -> None:
     """Each table has its optimizer, rate, decay, limit and frozen steps, and dense gradients are
     clipped as PyTorch's own functions do: all equals unsharded training."""
+    check_case(pool, sharding_type, case)
+
+
+def check_case(pool: WorkerPool, sharding_type: str, case: str) -> None:
     rules, clipping, clip = CASES[case]
     plan, steps = plan_of(pool, sharding_type, rules), draw_steps(pool.world_size)
     expected = Reference("sgd", "sgd", True, shards_of(plan, rules), rules, clip).train(steps)

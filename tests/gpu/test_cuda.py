@@ -15,12 +15,18 @@ from shardemb.config import RunConfig
 from shardemb.data.parquet import ParquetReader
 from shardemb.data.schema import BatchSchema
 from tests.distributed.pool import WorkerPool
+from tests.distributed.test_mixed_optimizers import CASES, check_case
 from tests.distributed.test_sharded_equals_unsharded import check, specs
 from tests.gpu.conftest import Place
 from tests.launch.tiny_run import make_data, shardemb, tiny_config, write_config
 
+OPTIMIZERS = [
+    *(("sgd", "sgd"), ("rowwise_adagrad", "adam"), ("adam", "sgd")),
+    *(("partial_rowwise_adam", "sgd"), ("lamb", "sgd"), ("partial_rowwise_lamb", "sgd")),
+]
 
-@pytest.mark.parametrize(("tables", "dense"), [("sgd", "sgd"), ("rowwise_adagrad", "adam")])
+
+@pytest.mark.parametrize(("tables", "dense"), OPTIMIZERS)
 @pytest.mark.parametrize("sharding_type", SHARDING_TYPES)
 def test_every_type_equals_unsharded_training(
     pool: WorkerPool, sharding_type: str, tables: str, dense: str
@@ -29,6 +35,14 @@ def test_every_type_equals_unsharded_training(
     topology = Topology(world_size=pool.world_size, local_world_size=pool.world_size)
     plan = plan_by_rule(specs(tables), topology, ShardingRule(sharding_type=sharding_type))
     check(pool, plan, tables, dense, weighted=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("sharding_type", ["row_wise", "data_parallel"])
+def test_tables_trained_in_different_ways(pool: WorkerPool, sharding_type: str, case: str) -> None:
+    """Optimizers, decay, limits and frozen steps of each table, and clipping, are the reference's
+    with kernels that know them as with those whose updates are taken over."""
+    check_case(pool, sharding_type, case)
 
 
 def test_a_run_comes_to_its_end(place: Place, tmp_path: Path) -> None:
