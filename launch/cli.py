@@ -11,6 +11,7 @@ import typer
 from launch.checkpoint import checkpoint_app
 from launch.data import ConfigPath, Json, Overrides, data_app
 from launch.data_stats import stats
+from launch.hosts import launch_app
 from launch.plan import SOURCES
 from launch.profile import profile_app
 from planner import Topology
@@ -27,6 +28,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(plan_app, name="plan", context_settings={"obj": SOURCES})
 app.add_typer(profile_app, name="profile")
+app.add_typer(launch_app, name="launch")
 
 OptionalConfigPath = Annotated[
     Path | None, typer.Argument(metavar="CONFIG", help="a run config (YAML)")

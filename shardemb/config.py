@@ -337,6 +337,28 @@ class LaunchConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: cuda where every worker can have its own GPU"
     )
+    max_restarts: int = Field(
+        default=3, ge=0, description="on many hosts: times that failed workers are started again"
+    )
+    hang_seconds: float = Field(
+        default=20, gt=5, description="a worker, or a host, that is silent for so long is given up"
+    )
+    wait_seconds: float = Field(
+        default=300, gt=0, description="for hosts: at the start, and for one that was lost"
+    )
+
+
+class ElasticConfig(_Section):
+    """How many hosts a run may go on with when some are lost or come back."""
+
+    min_hosts: int | None = Field(default=None, gt=0, description="default: all it began with")
+    max_hosts: int | None = Field(default=None, gt=0, description="default: all it began with")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ElasticConfig:
+        if self.min_hosts and self.max_hosts and self.min_hosts > self.max_hosts:
+            raise ValueError(f"min_hosts: {self.min_hosts} is more than max_hosts {self.max_hosts}")
+        return self
 
 
 class RunConfig(_Section):
@@ -352,6 +374,7 @@ class RunConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     launch: LaunchConfig = LaunchConfig()
+    elastic: ElasticConfig = ElasticConfig()
 
     @model_validator(mode="before")
     @classmethod

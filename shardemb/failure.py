@@ -1,7 +1,7 @@
 """How a worker tells why it ends: one message for a user's mistake, a traceback for ours.
 
-What `shardemb`, which starts workers and shows the failure that came first, is told lies beside
-the file that it names in FAILURE_FILE.
+What `shardemb`, which starts workers and shows the failure that came first, is told lies in the
+folder that it names in REPORT_FOLDER.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from planner import UserError
 from planner.files import replace_file
 
-FAILURE_FILE = "SHARDEMB_FAILURE_FILE"
+REPORT_FOLDER = "SHARDEMB_REPORT_FOLDER"
 
 # What gloo and nccl say on the ranks that did not fail themselves.
 _PEER_LOST = (
@@ -34,12 +34,14 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank ended. `is_echo`: another rank's end was noticed, which is not the cause."""
+    """Why a rank ended. `is_echo`: another rank's end was noticed, which is not the cause.
+    `is_final`: workers that are started again would end the same way."""
 
     exit_code: int
     message: str
     time: float
     is_echo: bool = False
+    is_final: bool = False
 
 
 @dataclass
@@ -73,11 +75,11 @@ def failure_of(error: BaseException) -> Failure:
     A library's error about a full disk is the user's to mend, like a UserError.
     """
     if isinstance(error, UserError):
-        return Failure(error.exit_code, str(error), time.time())
+        return Failure(error.exit_code, str(error), time.time(), is_final=True)
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = f" ({error.filename})" if error.filename else ""
         message = f"{error.strerror}{where}: make room, or choose another output=DIR"
-        return Failure(1, message, time.time())
+        return Failure(1, message, time.time(), is_final=True)
     reason = f"in the worker of rank {_rank()}"
     if isinstance(error, SystemExit):
         reason += f": sys.exit({error.code!r}) before the run was done"
@@ -90,7 +92,12 @@ def failure_of(error: BaseException) -> Failure:
 
 def has_launcher() -> bool:
     """Whether `shardemb` started this worker, and tells the user how it ended."""
-    return FAILURE_FILE in os.environ
+    return REPORT_FOLDER in os.environ
+
+
+def failure_file(folder: Path, local_rank: int | str) -> Path:
+    """Where a worker reports its Failure."""
+    return folder / f"rank_{local_rank}.json"
 
 
 def working_mark(failure_file: Path) -> Path:
@@ -109,7 +116,7 @@ def note_directory(fields: dict[str, Any]) -> None:
 
 
 def _failure_file() -> Path:
-    return Path(os.environ[FAILURE_FILE])
+    return failure_file(Path(os.environ[REPORT_FOLDER]), os.environ["LOCAL_RANK"])
 
 
 def _rank() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -34,9 +35,24 @@ def process_group(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[t
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    _check_hosts()
     yield chosen
     # Not after an exception: other ranks may be in a collective that this would wait for.
     dist.destroy_process_group()
+
+
+def _check_hosts() -> None:
+    """RequestError where ranks are not as Topology has them: as many on each host, in one row."""
+    here = socket.gethostname(), int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    places = [here] * dist.get_world_size()
+    dist.all_gather_object(places, here)
+    sizes = {host: size for host, size, _ in places}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{size} on {host}" for host, size in sizes.items())
+        raise RequestError(f"every host must have the same number of workers; found {found}")
+    if any(local != rank % here[1] for rank, (_, _, local) in enumerate(places)):
+        found = ", ".join(f"{rank}: {host}" for rank, (host, _, _) in enumerate(places))
+        raise RequestError(f"ranks of one host must follow each other; found {found}")
 
 
 def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:

@@ -1,5 +1,5 @@
 """The run directory: config.yaml, plan.json, metrics.jsonl, tensorboard/, and at the end
-result.json or, of a run that failed, failure.json."""
+result.json or, of a run that failed, failure.json; run_id, where a launcher has named the run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from planner.files import partial_of, replace_file
 from shardemb.config import RunConfig
 from shardemb.data.dataset import read_info
 from shardemb.failure import failure_of, has_launcher, note_directory
+from shardemb.supervision import RUN_ID
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class RunDirectory:
             self._note_created(kept)
             replace_file(self.path / "config.yaml", self._config.to_yaml())
             replace_file(self.path / "plan.json", self._plan.to_json())
+            if RUN_ID in os.environ:
+                replace_file(self.path / "run_id", os.environ[RUN_ID])
             if resumed is not None:
                 _forget_after(self.path, resumed)
         except OSError as error:
@@ -104,6 +107,13 @@ class RunDirectory:
         )
         if has_launcher():
             note_directory(asdict(self._created))
+
+
+def is_begun(path: Path) -> bool:
+    """Whether workers that the launcher has started before began this run, in `path`."""
+    with suppress(FileNotFoundError):
+        return (path / "run_id").read_text() == os.environ.get(RUN_ID)
+    return False
 
 
 def close_failed(created: Created, error: str) -> None:

@@ -12,7 +12,8 @@ from planner import RequestError, UserError
 from shardemb.config import RunConfig, load_config
 from shardemb.failure import has_launcher, report_failures
 from shardemb.quiet import silence_libraries
-from shardemb.run_directory import RunDirectory, summarize, without_nan
+from shardemb.run_directory import RunDirectory, is_begun, summarize, without_nan
+from shardemb.supervision import StoppedError, Supervision
 
 if TYPE_CHECKING:
     from shardemb.checkpoint.checkpoints import Checkpoints
@@ -28,11 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not config_path or config_path.startswith("-"):
             raise RequestError("usage: python -m shardemb.train CONFIG [KEY=VALUE]...")
         silence_libraries()
-        run(load_config(config_path, overrides))
+        supervision = Supervision() if Supervision.wanted() else None
+        run(load_config(config_path, overrides), supervision)
     return outcome.exit_code
 
 
-def run(config: RunConfig) -> None:
+def run(config: RunConfig, supervision: Supervision | None = None) -> None:
     """Plan, shard, train, evaluate; every rank calls it, and rank 0 writes the run directory."""
     import torch.distributed as dist
 
@@ -55,15 +57,22 @@ def run(config: RunConfig) -> None:
             keep_best=config.keeps_best,
             asynchronous=config.checkpoint.asynchronous,
         )
-        if _resume(config, checkpoints, trainer, train_data):
+        begun = _is_begun(config)
+        wanted = "latest" if begun else config.checkpoint.resume
+        resumed = _resume(config, wanted, checkpoints, trainer, train_data)
+        if supervision:
+            supervision.tell(trainer.step)
+        if directory and (begun or resumed):
+            directory.resume_at(trainer.step)
+        if resumed:
             tell(f"going on after step {trainer.step}")
-            if directory:
-                directory.resume_at(trainer.step)
-        elif config.checkpoint.resume:
+        elif wanted:
             tell(f"no checkpoint in {config.checkpoint_dir}: starting from the beginning")
         tell(f"training on {plan.topology.world_size} x {device.type}")
         with directory or nullcontext():
-            result = _train(config, trainer, train_data, others, directory, checkpoints)
+            result = _train(
+                config, trainer, train_data, others, directory, checkpoints, supervision
+            )
             if config.data.on_error == "skip":
                 result["skipped_rows"] = _skipped_rows(train_data, *others.values())
             if directory:
@@ -91,11 +100,24 @@ def _skipped_rows(*readers: ParquetReader) -> int:
     return sum(window.rows for window in set().union(*ranks))
 
 
+def _is_begun(config: RunConfig) -> bool:
+    """What rank 0 finds, on every rank."""
+    import torch.distributed as dist
+
+    begun = [dist.get_rank() == 0 and is_begun(config.output)]
+    dist.broadcast_object_list(begun, src=0)
+    return begun[0]
+
+
 def _resume(
-    config: RunConfig, checkpoints: Checkpoints, trainer: Trainer, reader: ParquetReader
+    config: RunConfig,
+    wanted: str | None,
+    checkpoints: Checkpoints,
+    trainer: Trainer,
+    reader: ParquetReader,
 ) -> bool:
-    """Whether the run goes on from a checkpoint, which it does where it is asked to and can."""
-    wanted, names = config.checkpoint.resume, []
+    """Whether the run goes on from a checkpoint, which it does where that is wanted and can be."""
+    names: list[str] = []
     if wanted is not None or config.checkpoint.dir is not None:
         names = checkpoints.find()
     if wanted is None:
@@ -120,6 +142,7 @@ def _train(
     others: dict[str, ParquetReader],
     directory: RunDirectory | None,
     checkpoints: Checkpoints,
+    supervision: Supervision | None,
 ) -> dict[str, Any]:
     """Train and evaluate; the run's result."""
     last = trainer.last_step(train_data, config.train.epochs, config.train.max_steps)
@@ -135,7 +158,13 @@ def _train(
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint.every_steps,
             validation=_validation(config, others, log),
+            supervision=supervision,
         )
+        if supervision and supervision.has_stopped:
+            raise StoppedError(
+                f"stopped by SIGTERM after step {trainer.step}; {checkpoints.last_good()}: go on "
+                "there with checkpoint.resume=latest"
+            )
         if log and progress is None:
             log.begin()
         best = _restore_best(config, trainer, checkpoints)

@@ -31,6 +31,7 @@ from shardemb.optimizer_config import (
 from shardemb.precision_config import PrecisionConfig
 from shardemb.schedule import LearningRates
 from shardemb.sharding.shard_model import ShardedModel
+from shardemb.supervision import Supervision
 from shardemb.tasks import Task
 
 # The first steps build buckets, thread pools and caches: speed is measured after them.
@@ -124,6 +125,7 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
         checkpoint_every: int | None = None,
         validation: Validation | None = None,
+        supervision: Supervision | None = None,
     ) -> Progress | None:
         """Train for `epochs` in all, or up to step `max_steps` if that is less, or until `best`
         has been waited for long enough.
@@ -131,8 +133,8 @@ class Trainer:
         A trainer and a reader that go on from a checkpoint train what is left; None where that is
         nothing. `checkpoints` gets one every so many steps, after the last and, if it keeps the
         best, after each that is. `report` is called after the first step, every so many, the last
-        and before each validation and checkpoint. UserError when the loss is no finite number any
-        more.
+        and before each validation and checkpoint. `supervision` may make any step the last.
+        UserError when the loss is no finite number any more.
         """
         last = self.last_step(reader, epochs, max_steps)
         if last < 1:
@@ -149,6 +151,8 @@ class Trainer:
                 loss_sum = self.train_step(batch)
             meter.add(loss_sum, batch.global_rows, position)
             self.step, self.samples = self.step + 1, meter.samples
+            if supervision and supervision.stops_after(self.step):
+                last = self.step
             is_saved = checkpoints is not None and _is_due(self.step, last, checkpoint_every)
             is_validated = validation is not None and self.step % validation.every_steps == 0
             is_reported = _is_due(self.step, last, report_every) or self.step == first

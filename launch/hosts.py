@@ -1,0 +1,48 @@
+"""`shardemb launch`: a run on many hosts."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from launch.data import ConfigPath, Json, Overrides
+
+launch_app = typer.Typer(no_args_is_help=True, help="Run on many hosts.")
+
+
+@launch_app.command()
+def torchrun(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    nnodes: Annotated[int, typer.Option(help="hosts that take part", min=1)] = 1,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(help="workers on each; default: launch.nproc_per_node", min=1)
+    ] = None,
+    rdzv_endpoint: Annotated[
+        str,
+        typer.Option(metavar="HOST:PORT", help="where they meet: one of the hosts, a free port"),
+    ] = "localhost:29500",
+    as_json: Json = False,
+) -> None:
+    """This host's part of a run on `--nnodes` hosts: give the same command on each of them.
+
+    Workers that fail are started again and go on from the last checkpoint. SIGTERM saves one first.
+    """
+    from shardemb.config import load_config
+    from shardemb.quiet import silence_libraries
+    from shardemb.run_directory import summarize
+
+    overrides = list(overrides or ())
+    if nproc_per_node is not None:
+        overrides.append(f"launch.nproc_per_node={nproc_per_node}")
+    config = load_config(config_path, overrides)
+    silence_libraries()
+    from launch.torchrun import check_hosts, run_torchrun
+
+    check_hosts(config, nnodes)
+    worker = ["-m", "shardemb.train", str(config_path), *overrides]
+    run_torchrun(config, worker, nnodes, rdzv_endpoint)
+    result = json.loads((config.output / "result.json").read_text())
+    print(json.dumps(result) if as_json else summarize(config, result))
