@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,12 +24,16 @@ def torchrun(
         str,
         typer.Option(metavar="HOST:PORT", help="where they meet: one of the hosts, a free port"),
     ] = "localhost:29500",
+    emit: Annotated[
+        Literal["slurm"] | None, typer.Option(help="print a batch script that does it, and stop")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """This host's part of a run on `--nnodes` hosts: give the same command on each of them.
 
     Workers that fail are started again and go on from the last checkpoint. SIGTERM saves one first.
     """
+    from launch.slurm import slurm_script
     from shardemb.config import load_config
     from shardemb.quiet import silence_libraries
     from shardemb.run_directory import summarize
@@ -38,6 +42,9 @@ def torchrun(
     if nproc_per_node is not None:
         overrides.append(f"launch.nproc_per_node={nproc_per_node}")
     config = load_config(config_path, overrides)
+    if emit:
+        print(slurm_script(config, str(config_path), overrides, nnodes), end="")
+        return
     silence_libraries()
     from launch.torchrun import check_hosts, run_torchrun
 
