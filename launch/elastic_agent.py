@@ -50,7 +50,7 @@ class Agent(LocalElasticAgent):
         hidden = {rank: Std.ALL if rank else Std.OUT for rank in range(spec.local_world_size)}
         super().__init__(spec, DefaultLogsSpecs(log_dir=str(self._logs), redirects=hidden))
         self._meeting, self._recovery, self._hang_seconds = meeting, recovery, hang_seconds
-        self._next_question = 0.0
+        self._next_question, self._hosts = 0.0, 0
         self._left_out: set[str] = set()  # hosts that were lost before
         self.is_stopping = False
         self._told: set[int] = set()  # processes that were asked to stop
@@ -63,6 +63,10 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         forget_reports(self._folder, range(worker_group.spec.local_world_size))
         self._left_out = set(self._meeting.lost_hosts(_SILENT_SECONDS))
+        hosts = worker_group.group_world_size or 0
+        if self._hosts not in (0, hosts):
+            print(f"going on with {hosts} hosts", file=sys.stderr, flush=True)
+        self._hosts = hosts
         pids: dict[int, Any] = super()._start_workers(worker_group)
         return pids
 

@@ -53,3 +53,36 @@ def torchrun(
     run_torchrun(config, worker, nnodes, rdzv_endpoint)
     result = json.loads((config.output / "result.json").read_text())
     print(json.dumps(result) if as_json else summarize(config, result))
+
+
+@launch_app.command()
+def ray(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="of a running cluster; default: this machine alone"),
+    ] = None,
+    num_hosts: Annotated[
+        int | None, typer.Option(help="default: elastic.max_hosts, or all that have room", min=1)
+    ] = None,
+    workers_per_host: Annotated[
+        int | None, typer.Option(help="default: launch.nproc_per_node", min=1)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """A run on the hosts of a Ray cluster.
+
+    Workers that fail are started again and go on from the last checkpoint, on fewer hosts where
+    `elastic` allows it. SIGTERM saves one first.
+    """
+    from launch.ray_launcher import run_ray
+    from shardemb.config import load_config
+    from shardemb.run_directory import summarize
+
+    overrides = list(overrides or ())
+    if workers_per_host is not None:
+        overrides.append(f"launch.nproc_per_node={workers_per_host}")
+    config = load_config(config_path, overrides)
+    result = json.loads(run_ray(config, num_hosts, address))
+    print(json.dumps(result) if as_json else summarize(config, result))

@@ -9,20 +9,22 @@ from typing import Any
 
 from tests.launch.tiny_run import tiny_config, write_config
 
-# Rank 1 sends itself a signal in the seventh step, as often as it is told to.
+# Rank 1 sends itself a signal in the seventh step, as often as it is told to; each step takes at
+# least `seconds`.
 MORTAL = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 
 from shardemb.models.dlrm import DLRM
 
 class Mortal(DLRM):
-    def __init__(self, embeddings, num_dense, mark, what, times=1):
+    def __init__(self, embeddings, num_dense, mark, what, times=1, seconds=0):
         super().__init__(embeddings, num_dense, dense_layers=[8], over_layers=[8])
         self.mark, self.step, self.times = Path(mark), 0, times
-        self.signal = getattr(signal, what)
+        self.signal, self.seconds = getattr(signal, what), seconds
 
     def forward(self, batch):
+        time.sleep(self.seconds)
         self.step += self.training
         deaths = len(list(self.mark.parent.glob(self.mark.name + "*")))
         if os.environ["RANK"] == "1" and self.step == (1 if deaths else 7) and deaths < self.times:
@@ -55,7 +57,8 @@ class Run:
         folder = self.directory / "checkpoints" / listed["checkpoints"][-1]
         return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
-    def mortal(self, what: str, times: int = 1) -> list[str]:
-        """Overrides by which rank 1 sends itself a signal."""
-        args = f"{{mark: {self.folder}/died, what: {what}, times: {times}}}"
+    def mortal(self, what: str, times: int = 1, seconds: float = 0) -> list[str]:
+        """Overrides by which rank 1 sends itself a signal, and steps take so long."""
+        values = {"mark": f"{self.folder}/died", "what": what, "times": times, "seconds": seconds}
+        args = json.dumps(values)
         return ["model.name=mortal:Mortal", f"model.args={args}"]
