@@ -33,7 +33,7 @@ def test_python_example(tmp_path: Path) -> None:
         if ABORT_AT_EXIT in done.stderr:
             done = _run(arguments, tmp_path, environment)
         assert done.returncode == 0, done.stderr
-    auc = re.search(r"Evaluation\(auc=(0\.\d+)", done.stdout)
+    auc = re.search(r"'auc': (0\.\d+)", done.stdout)
     assert auc is not None
     assert 0.65 < float(auc[1]) < 0.9
 
