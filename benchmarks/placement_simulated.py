@@ -45,9 +45,9 @@ LISTS = [f"synthetic_856_seed{seed}" for seed in range(3)]
 PROFILE = "cpu-2core"
 BATCH_SIZE = 64  # on each rank: on 256 ranks kernels look up as many rows as were measured at most
 RANKS_A_HOST = 8
-SIZES = [(8, 100), (8, 400), (64, 100), (64, 400), (64, 800), (256, 100), (256, 400), (256, 800)]
+SIZES = [(8, 100), (8, 400), (64, 100), (64, 400), (256, 100), (256, 800)]
 MEMORY_BYTES = 80 * 2**30  # of a rank, as TorchRec's planner is given
-TORCHREC, TORCHREC_SIZES = "TorchRec's planner, tuned", [(8, 100), (64, 100)]
+TORCHREC, TORCHREC_SIZES = "TorchRec's planner, tuned", [(8, 100)]
 NAMES = {"dreamshard": "dreamshard", "search": "our search alone", "auto": "auto"}
 
 

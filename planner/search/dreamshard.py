@@ -93,8 +93,8 @@ def _with_policy(cost_model: CostModel) -> tuple[LearnedCost, PlacementPolicy]:
     if policy is None:
         raise RequestError(
             f"the profile {cost_model.name} has no policy for --search dreamshard: train one with "
-            f"`python -m shardemb.profiler.train_policy {cost_model.name}`, which measures nothing "
-            "and takes a minute"
+            f"`python -m shardemb.profiler.train_policy {cost_model.name}`, which measures "
+            "nothing and takes some seconds"
         )
     return cost_model, policy
 

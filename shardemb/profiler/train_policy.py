@@ -29,8 +29,8 @@ from planner.shards import Floats
 from shardemb.profiler.placement_tasks import Played, draw_tasks, play
 
 TABLE_NET, COST_NET = (128, 32), (64, 32)
-BATCHES, ROUNDS = 50, 4  # of tasks, and how often each is played
-TASKS, EPISODES = 8, 16  # of a batch, and of each task in a round
+BATCHES, ROUNDS = 40, 4  # of tasks, and how often each is played
+TASKS, EPISODES = 8, 8  # of a batch, and of each task in a round
 RATE, ENTROPY_WEIGHT = 2e-2, 1e-3
 SMALLEST_SPREAD = 1e-3  # of the steps of a task's episodes, over what an even device takes
 SAMPLE = 64  # tasks that features are scaled by
@@ -42,7 +42,7 @@ def with_policy(profile: Profile, seed: int) -> Profile:
 
 
 def train_policy(profile: Profile, seed: int) -> PlacementPolicy:
-    """For the costs that `profile` predicts; about half a minute on one core."""
+    """For the costs that `profile` predicts; some ten seconds on one core."""
     generator = np.random.default_rng(seed)
     with seeded(seed):
         network = _network(profile, generator)
