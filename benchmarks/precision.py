@@ -3,8 +3,7 @@
     shardemb data convert criteo day.tsv.gz data/criteo --test-rows 20000
     python -m benchmarks.precision data/criteo --markdown benchmarks/results/precision.md
 
-Each seed is trained with every switch in turn, so that what the machine does besides falls on all
-alike; differences are between runs of the same seed. Steps are timed by the processor time of one
+AUC differences are between runs of the same seed. Steps are timed by the processor time of one
 rank with one thread, which other programs do not add to.
 """
 
@@ -20,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
 if not __package__:  # started as a file: its own folder must not hide the package `planner`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -44,15 +43,10 @@ MODELS: dict[str, list[str]] = {
     ],
 }
 BATCH_SIZES = (128, 512, 2048)
-WARMUP_STEPS, STEPS = 3, 12
+WARMUP_STEPS, STEPS = 4, 24
 
 
-class Score(NamedTuple):
-    auc: float
-    samples_per_second: float
-
-
-def train(data: Path, folder: Path, seed: int, overrides: list[str]) -> Score:
+def auc(data: Path, folder: Path, seed: int, overrides: list[str]) -> float:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "launch.cli", "train", str(CONFIG), f"data.dir={data}"),
@@ -63,43 +57,46 @@ def train(data: Path, folder: Path, seed: int, overrides: list[str]) -> Score:
         text=True,
         check=True,
     )
-    result: dict[str, Any] = json.loads(done.stdout)
-    return Score(result["eval"]["auc"], result["samples_per_second"])
+    return float(json.loads(done.stdout)["eval"]["auc"])
 
 
 def runs(data: Path, seeds: int) -> Iterator[str]:
-    scores: dict[str, list[Score]] = {switch: [] for switch in SWITCHES}
+    found: dict[str, list[float]] = {switch: [] for switch in SWITCHES}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
             for switch, overrides in SWITCHES.items():
                 output = Path(folder) / f"{switch}-{seed}".replace(" ", "-")
-                scores[switch].append(train(data, output, seed, overrides))
-                print(switch, seed, *scores[switch][-1], file=sys.stderr, flush=True)
-    yield "| switch | AUC of each seed | largest difference to fp32 | samples/s |"
-    yield "| --- | --- | --- | --- |"
-    for switch, own in scores.items():
-        pairs = zip(own, scores["fp32"], strict=True)
-        worst = max((score.auc - plain.auc for score, plain in pairs), key=abs)
-        aucs = ", ".join(f"{score.auc:.4f}" for score in own)
-        speed = median(score.samples_per_second for score in own)
-        yield f"| {switch} | {aucs} | {worst:+.5f} | {speed:,.0f} |"
+                found[switch].append(auc(data, output, seed, overrides))
+                print(switch, seed, found[switch][-1], file=sys.stderr, flush=True)
+    yield "| switch | AUC of each seed | largest difference to fp32 |"
+    yield "| --- | --- | --- |"
+    for switch, own in found.items():
+        worst = max((a - b for a, b in zip(own, found["fp32"], strict=True)), key=abs)
+        yield f"| {switch} | {', '.join(f'{value:.4f}' for value in own)} | {worst:+.5f} |"
 
 
-def step_ms(data: Path, batch_size: int, overrides: list[str]) -> float:
-    """Processor time of a step on this process alone, in ms: the median of several."""
+def step_ms(data: Path, batch_size: int, ways: list[list[str]]) -> list[float]:
+    """Processor time of a step of this process alone, in ms, the median of many: of a trainer for
+    each of `ways`, which take turns, since other programs slow the memory."""
     import torch
 
     from shardemb.build import build_reader, build_trainer
     from shardemb.config import load_config
 
-    config = load_config(CONFIG, [f"data.dir={data}", f"train.batch_size={batch_size}", *overrides])
-    trainer = build_trainer(config, torch.device("cpu"))
-    batches, times = build_reader(config, "train").epoch(), []
-    for batch, _ in zip(batches, range(WARMUP_STEPS + STEPS), strict=False):
-        start = time.process_time()
-        trainer.train_step(batch)
-        times.append((time.process_time() - start) * 1e3)
-    return median(times[WARMUP_STEPS:])
+    common = [f"data.dir={data}", f"train.batch_size={batch_size}"]
+    configs = [load_config(CONFIG, [*common, *overrides]) for overrides in ways]
+    trainers = [build_trainer(config, torch.device("cpu")) for config in configs]
+    times: list[list[float]] = []
+    for batch, step in zip(
+        build_reader(configs[0], "train").epoch(), range(WARMUP_STEPS + STEPS), strict=False
+    ):
+        own = [0.0] * len(trainers)
+        for i in (range(len(own)), reversed(range(len(own))))[step % 2]:
+            start = time.process_time()
+            trainers[i].train_step(batch)
+            own[i] = (time.process_time() - start) * 1e3
+        times.append(own)
+    return [median(own) for own in zip(*times[WARMUP_STEPS:], strict=True)]
 
 
 def steps(data: Path) -> Iterator[str]:
@@ -113,8 +110,7 @@ def steps(data: Path) -> Iterator[str]:
     with process_group("cpu"):
         for title, model in MODELS.items():
             for batch_size in BATCH_SIZES:
-                plain = step_ms(data, batch_size, model)
-                bf16 = step_ms(data, batch_size, [*model, BF16])
+                plain, bf16 = step_ms(data, batch_size, [model, [*model, BF16]])
                 yield f"| {title} | {batch_size} | {plain:.1f} | {bf16:.1f} | {bf16 / plain:.2f} |"
 
 
