@@ -135,7 +135,7 @@ MISTAKES = {
     "batch sizes": (["--batch-sizes", "1e3"], "--batch-sizes '1e3': write positive whole"),
     "price": (["--price", "H100"], "--price 'H100': write KIND=USD"),
     "price of another kind": (["--price", "H200=1"], "--price 'H200=1': --kinds has no such kind"),
-    "baseline": (["--search", "best"], "--search 'best': choose auto, random"),
+    "baseline": (["--search", "best"], "--search 'best': choose auto, dreamshard"),
 }
 
 
