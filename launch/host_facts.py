@@ -42,6 +42,7 @@ def facts_of(host: str, config: RunConfig, workers: int) -> HostFacts:
 
 def refuse_differences(hosts: Sequence[HostFacts]) -> None:
     """RequestError that names every fact that is not the same on all."""
+    hosts = sorted(hosts, key=lambda host: host.host)
     names = {name: None for host in hosts for name in host.facts}
     lines = []
     for name in names:

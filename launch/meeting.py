@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import asdict
@@ -28,7 +29,7 @@ _BEAT_SECONDS = 1.0
 
 
 class Meeting:
-    """This launcher's part; `index` counts launchers in the order in which they came."""
+    """This launcher's part; `index` counts launchers as they came, the server is the first."""
 
     def __init__(self, endpoint: Endpoint, wait_seconds: float) -> None:
         self.endpoint, self.host = endpoint, socket.gethostname()
@@ -36,10 +37,12 @@ class Meeting:
         self.is_server = listener is not None
         self.address = endpoint.address if listener else reach(endpoint, wait_seconds)
         self.store = self._connect(listener)
-        self.index = self.store.add("launchers", 1) - 1
-        if self.index == 0:
+        if listener:
+            self.index = self.store.add("launchers", 1) - 1
             self.store.set("run_id", uuid.uuid4().hex)
-        self.run_id = self.store.get("run_id").decode()
+        self.run_id = self.store.get("run_id").decode()  # others come after the server
+        if not listener:
+            self.index = self.store.add("launchers", 1) - 1
         self._lost: dict[str, float] = {}  # hosts, and for how many seconds they have been silent
         self._left = threading.Event()
 
@@ -87,10 +90,22 @@ class Meeting:
             time.sleep(0.1)
         return [json.loads(self.store.get(key)) for key in keys]
 
-    def begin_to_watch(self) -> None:
-        """Over a connection of its own: one that waits for an answer lets nobody else ask."""
-        store = self._connect()
+    def begin_to_watch(self, silent_seconds: float, on_cut_off: Callable[[], None]) -> None:
+        """Over a connection of its own: one that waits for an answer lets nobody else ask.
+
+        `on_cut_off` is called in a thread when the store has not answered for so long: TCPStore
+        itself would wait for minutes.
+        """
+        store, self._answered = self._connect(), time.monotonic()
         threading.Thread(target=self._beat, args=[store], daemon=True).start()
+        watch = [silent_seconds, on_cut_off]
+        threading.Thread(target=self._watch, args=watch, daemon=True).start()
+
+    def _watch(self, silent_seconds: float, on_cut_off: Callable[[], None]) -> None:
+        while not self._left.wait(_BEAT_SECONDS):
+            if time.monotonic() - self._answered > silent_seconds:
+                on_cut_off()
+                return
 
     def lost_hosts(self, silent_seconds: float) -> list[str]:
         """Hosts whose launchers have said nothing for so long, and have not left."""
@@ -115,8 +130,8 @@ class Meeting:
                     host = json.loads(beat)[0]
                     self._lost[host] = now - seen[index][1]
             except (DistError, RuntimeError):
-                self._lost[self.endpoint.host] = float("inf")
-                return
+                return  # nothing answers any more
+            self._answered = time.monotonic()
             self._left.wait(_BEAT_SECONDS)
 
     def stop(self, failure: Failure) -> None:

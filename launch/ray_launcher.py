@@ -155,23 +155,28 @@ class _Launcher:
         return made.remote(self._config.to_yaml(), self._run_id, node.address)
 
     def _refuse_unshared(self) -> None:
-        import ray
-
-        first = next(iter(self._team.values())).actor
-        marks = ray.get(first.place_marks.remote())
+        marks = self._first(lambda host: host.place_marks.remote())
         try:
             missing = self._all(lambda host: host.missing_marks.remote(marks))
         finally:
-            ray.get(first.remove_marks.remote(marks))
+            self._first(lambda host: host.remove_marks.remote(marks))
         names = self._all(lambda host: host.name.remote())
         refuse_unshared(self._config, names[0], dict(zip(names, missing, strict=True)))
 
     def _all(self, call: Callable[[Any], Any], seconds: float | None = None) -> list[Any]:
         """What `call` gives for each host; LostHostError where one does not answer in time, by
         default launch.hang_seconds."""
+        return self._ask(list(self._team.values()), call, seconds)
+
+    def _first(self, call: Callable[[Any], Any]) -> Any:
+        """What `call` gives for the first host; LostHostError as for all."""
+        return self._ask(list(self._team.values())[:1], call, None)[0]
+
+    def _ask(
+        self, members: Sequence[_Member], call: Callable[[Any], Any], seconds: float | None
+    ) -> list[Any]:
         import ray
 
-        members = list(self._team.values())
         if not members:
             return []
         answers = [call(member.actor) for member in members]
@@ -205,10 +210,8 @@ class _Launcher:
     # --- Workers
 
     def _start(self) -> None:
-        import ray
-
         members = list(self._team.values())
-        port = ray.get(members[0].actor.free_port.remote())
+        port = self._first(lambda host: host.free_port.remote())
         address = members[0].node.address
         places = iter(Place(index, len(members), address, port) for index in range(len(members)))
         self._all(lambda host: host.start.remote(next(places)))
@@ -267,21 +270,16 @@ class _Launcher:
         )
 
     def _result(self) -> str:
-        import ray
-
-        result = ray.get(next(iter(self._team.values())).actor.result.remote())
+        result = self._first(lambda host: host.result.remote())
         assert isinstance(result, str), "workers that end well have written it"
         return result
 
     def _end(self, message: str) -> None:
         """After a failure: no worker stays, and the run directory says why."""
-        import ray
-
         try:
             self._all(lambda host: host.kill.remote())
-            first = next(iter(self._team.values()), None)
-            if self._directory and first:
-                ray.get(first.actor.close_failed.remote(self._directory, message))
+            if self._directory and self._team:
+                self._first(lambda host: host.close_failed.remote(self._directory, message))
         except LostHostError:
             return  # its workers end with it
 

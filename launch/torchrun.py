@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server import WorkerSpec, WorkerState
@@ -65,7 +67,7 @@ def run_torchrun(config: RunConfig, arguments: Sequence[str], nnodes: int, endpo
     meeting = Meeting(where, config.launch.wait_seconds)
     try:
         _refuse_unsuitable(meeting, config, nnodes)
-        meeting.begin_to_watch()
+        meeting.begin_to_watch(config.launch.hang_seconds, partial(_end_cut_off, meeting))
         _say(f"starting {workers} workers on each of {nnodes} hosts")
         with tempfile.TemporaryDirectory(prefix="shardemb-") as scratch:
             _run_agent(meeting, config, arguments, nnodes, Path(scratch))
@@ -128,6 +130,8 @@ def _run_agent(
     except BaseException as error:
         reason = _as_told(error, meeting, launch.wait_seconds)
         close_directory(folder / "reports", message_of(reason))
+        if reason is error:
+            raise
         raise reason from error
     finally:
         _close(handler)
@@ -165,10 +169,20 @@ def _as_told(error: BaseException, meeting: Meeting, wait_seconds: float) -> Bas
             return error
     except DistError:
         pass
-    return UserError(
+    return UserError(_lost_connection(meeting))
+
+
+def _lost_connection(meeting: Meeting) -> str:
+    return (
         f"the connection to the launcher on {meeting.endpoint.host} is lost; start again with "
         "checkpoint.resume=latest"
     )
+
+
+def _end_cut_off(meeting: Meeting) -> NoReturn:
+    """In a thread, for the main one waits for the store. Workers end when this process is gone."""
+    _say(f"error: {_lost_connection(meeting)}")
+    os._exit(UserError.exit_code)
 
 
 def _close(handler: DynamicRendezvousHandler) -> None:

@@ -73,7 +73,8 @@ class RunDirectory:
             kept = _set_aside(self.path) if resumed is None else None
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY)  # held as long as this process lives
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not is_begun(self.path):  # NFS keeps the lock of a lost host for a while
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = resumed is None
             self._note_created(kept)
             replace_file(self.path / "config.yaml", self._config.to_yaml())
@@ -185,7 +186,7 @@ def check_output(path: Path) -> None:
                 f"output: {path} is not empty and not a run directory; choose another with "
                 "output=DIR"
             )
-        if _is_in_use(path):
+        if _is_in_use(path) and not is_begun(path):
             raise UserError(
                 f"output: another run is writing {path}; wait for it, or choose another directory "
                 "with output=DIR"

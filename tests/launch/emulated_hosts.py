@@ -91,11 +91,6 @@ class Hosts:
         state = "down" if is_cut else "up"
         _run("ip", "-n", self._switch, "link", "set", f"p{host}", state)
 
-    def listening(self, host: int) -> set[str]:
-        """Addresses and ports where processes of a host wait for connections."""
-        shown = _run("ip", "netns", "exec", self.space(host), "ss", "-Htln")
-        return {line.split()[3] for line in shown.splitlines()}
-
     def close(self) -> None:
         for host in range(self.count):
             self.kill(host)

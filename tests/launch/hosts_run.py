@@ -47,7 +47,9 @@ class Run:
         (folder / "mortal.py").write_text(MORTAL)
 
     def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.directory / "metrics.jsonl").open()]
+        """None before training."""
+        path = self.directory / "metrics.jsonl"
+        return [json.loads(line) for line in path.open()] if path.exists() else []
 
     def losses(self) -> dict[int, float]:
         return {m["step"]: m["train_loss"] for m in self.metrics() if m["kind"] == "train"}

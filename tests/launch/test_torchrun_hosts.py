@@ -161,6 +161,34 @@ def test_a_planned_stop(run: HostsRun, nnodes: int) -> None:
     assert f"the last good one is {saved}" in failure["error"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["kill", "cut"])
+def test_a_host_that_is_lost(run: HostsRun, fault: str) -> None:
+    """Where elastic.min_hosts allows it, the other goes on, under a plan for its own ranks, with
+    every row that is left once. A host that is cut off ends with the reason."""
+    processes = run.start(
+        *("elastic.min_hosts=1", "launch.hang_seconds=6", "train.epochs=20"),
+        *run.mortal("SIGKILL", times=0, seconds=0.05),
+    )
+    first, second = processes
+    wait_for(lambda: len(run.metrics()) > 20, processes)
+    try:
+        run.hosts.kill(1) if fault == "kill" else run.hosts.cut(1)
+        ((code, _, err),) = finish([first])
+        assert code == 0
+        assert "going on with 1 hosts" in err
+        if fault == "cut":
+            ((code, _, said),) = finish([second])
+            assert code == 1
+            assert "the connection to the launcher on h0 is lost" in said
+    finally:
+        run.hosts.cut(1, False)
+        second.communicate(timeout=TIMEOUT_SECONDS)
+    assert run.metrics()[-2]["samples"] == 20 * 2000
+    plan = Plan.load(run.directory / "plan.json")
+    assert (plan.topology.world_size, plan.topology.local_world_size) == (2, 2)
+
+
 def wait_for(condition: Any, processes: list[subprocess.Popen[str]]) -> None:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
