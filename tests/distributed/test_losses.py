@@ -16,11 +16,11 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from planner import ShardingRule, plan_by_rule
 from shardemb.checkpoint.checkpoints import Checkpoints
-from shardemb.config import DenseOptimizerConfig, TableOptimizerConfig
 from shardemb.data.batch import Batch
 from shardemb.data.parquet import ParquetReader
 from shardemb.data.schema import BatchSchema, LabelSchema
 from shardemb.models.mlp import MLP, Norm
+from shardemb.optimizer_config import DenseOptimizerConfig, TableOptimizerConfig
 from shardemb.sharding.shard_model import current_topology, shard_model
 from shardemb.sharding.tables import tables_from_module
 from shardemb.tasks import Task, num_outputs

@@ -151,7 +151,7 @@ def auc_of(data: Path, switch: str) -> tuple[float, set[tuple[bool, torch.dtype]
     schema = BatchSchema.for_tables(tables, dense=("I1", "I2"), dense_transform="log")
     trainer.train(ParquetReader(data / "train", schema, batch_size=64, shuffle=True), epochs=3)
     reader = ParquetReader(data / "test", schema, batch_size=64)
-    return trainer.evaluate(reader.epoch()).auc, dtypes
+    return trainer.evaluate(reader.epoch()).metrics["auc"], dtypes
 
 
 @two_ranks
