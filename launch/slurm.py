@@ -29,6 +29,7 @@ def slurm_script(config: RunConfig, config_path: str, overrides: Sequence[str], 
 #SBATCH --{room}={workers}
 #SBATCH --signal=TERM@{_NOTICE_SECONDS}
 set -euo pipefail
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Not `head`: it would end scontrol early, which pipefail takes for a failure.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 srun --kill-on-bad-exit=0 {shlex.join(what)} --rdzv-endpoint "$first:{PORT}"
 """
