@@ -117,11 +117,11 @@ def main(
     lists = [load_table_list(path) for path in files]
     models = (cost, "analytic", "torchrec")
     tasks = list(draw_tasks(lists, [int(n) for n in counts.split(",")], 1, seed=1))
-    found = [
-        run_task(int(number), task, tables, models, plans, batch_size)
-        for number in ranks.split(",")
-        for _, task, tables in tasks
-    ]
+    found = []
+    for number in map(int, ranks.split(",")):
+        for _, task, tables in tasks:
+            found.append(run_task(number, task, tables, models, plans, batch_size))
+            print(markdown(found[-1:], ""), file=sys.stderr)  # the others take minutes more
     named = ", ".join(path.stem for path in files)
     heading = (
         f"{plans} random plans of each task, each run twice; tables of {named}; {batch_size} rows "

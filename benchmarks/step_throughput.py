@@ -361,7 +361,9 @@ def main(
                     out = Path(scratch) / "found.json"
                     arguments = ["-m", "benchmarks.step_throughput", "work", model, str(path)]
                     run_workers([*arguments, str(out)], number)
-                    yield model, number, json.loads(out.read_text())
+                    found = model, number, json.loads(out.read_text())
+                print(table(iter([found])), file=sys.stderr)  # the others take minutes more
+                yield found
 
     heading = (
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch "

@@ -235,7 +235,7 @@ def summarize(config: RunConfig, result: dict[str, Any]) -> str:
     speed = result["samples_per_second"]
     shown = "" if speed is None else f", {speed:,.0f} samples/s"
     lines = [f"trained {result['steps']} steps{shown}"]
-    if result["embeddings"]:
+    if result.get("embeddings"):
         lines.append(_summarize_embeddings(result["embeddings"]))
     if result.get("best"):
         lines.append(_summarize_best(config, result["best"]))

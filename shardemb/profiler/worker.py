@@ -7,7 +7,6 @@ several ranks, `collectives` or `plans`.
 from __future__ import annotations
 
 import gc
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -86,8 +85,6 @@ def measure_collectives(folder: Path, seconds: float, seed: int, device: torch.d
 
 def measure_plans(folder: Path, seconds: float, seed: int, device: torch.device) -> None:
     """Run random plans over all ranks."""
-    # A random plan splits rows that share a momentum, which is told of plans that are trained.
-    logging.getLogger("shardemb").setLevel(logging.ERROR)
     world_size, is_first = dist.get_world_size(), dist.get_rank() == 0
     store = _open(folder, f"plan_{world_size}", device) if is_first else None
     for number in _numbers(store, seconds, device):

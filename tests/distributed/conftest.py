@@ -19,6 +19,21 @@ def started_pool(request: pytest.FixtureRequest) -> Iterator[list[WorkerPool]]:
     holder[0].close()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the pools that a test's mark `shapes` does not name."""
+    left_out = [item for item in items if not _has_its_shape(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _has_its_shape(item: pytest.Item) -> bool:
+    mark = item.get_closest_marker("shapes")
+    if mark is None or not isinstance(item, pytest.Function):
+        return True
+    shape = item.callspec.params.get("started_pool")
+    return shape not in SHAPES or shape in mark.args
+
+
 @pytest.fixture
 def pool(started_pool: list[WorkerPool]) -> WorkerPool:
     """A pool that works, started anew where a test before has broken it."""

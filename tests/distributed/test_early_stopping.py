@@ -27,6 +27,8 @@ from shardemb.trainer import Validation
 from tests.distributed.pool import WorkerPool
 from tests.distributed.test_checkpoints import make_trainer, weights_of
 
+pytestmark = pytest.mark.shapes((1, 1), (2, 2))
+
 ROWS, GLOBAL_BATCH, EVERY, PATIENCE = 600, 16, 3, 2
 
 

@@ -50,8 +50,8 @@ AGAIN = {
 }
 NORM, VALUE = 0.05, 0.01
 
-two_shapes = pytest.mark.parametrize("started_pool", [(2, 2), (4, 2)], indirect=True)
-two_hosts = pytest.mark.parametrize("started_pool", [(4, 2)], indirect=True)
+two_shapes = pytest.mark.shapes((2, 2), (4, 2))
+two_hosts = pytest.mark.shapes((4, 2))
 
 
 def plan_of(pool: WorkerPool, sharding_type: str, rules: dict[str, Rule]) -> Plan:

@@ -18,6 +18,8 @@ from tests.distributed.pool import WorkerPool
 CPU = torch.device("cpu")
 BATCH_SIZE = 64
 
+pytestmark = pytest.mark.shapes((2, 2), (4, 2))
+
 
 def plan_for(
     pool: WorkerPool, *, weighted: bool = False, batch_size: int | None = BATCH_SIZE

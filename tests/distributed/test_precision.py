@@ -34,8 +34,8 @@ from tests.distributed.test_sharded_equals_unsharded import (
 FP16 = CommunicationConfig(forward="fp16", backward="fp16")
 SENT = [FP16, CommunicationConfig(forward="fp16"), CommunicationConfig(backward="fp16")]
 
-two_ranks = pytest.mark.parametrize("started_pool", [(2, 2)], indirect=True)
-two_hosts = pytest.mark.parametrize("started_pool", [(4, 2)], indirect=True)
+two_ranks = pytest.mark.shapes((2, 2))
+two_hosts = pytest.mark.shapes((4, 2))
 
 
 def plan_of(pool: WorkerPool, sharding_type: str) -> Plan:

@@ -16,6 +16,8 @@ from tests.distributed import sharded
 from tests.distributed.pool import DeviceType, WorkerPool
 from tests.distributed.test_sharded_equals_unsharded import BATCH_SIZE, draw_steps, specs
 
+pytestmark = pytest.mark.shapes((2, 2), (4, 2))
+
 
 def plan_for(pool: WorkerPool, *types: ShardingType) -> Plan:
     topology = Topology(world_size=pool.world_size, local_world_size=pool.local_world_size)
@@ -47,7 +49,14 @@ def train(plan: Plan, timed: bool, device: DeviceType) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("types", [SHARDING_TYPES, *[(name,) for name in SHARDING_TYPES]])
+@pytest.mark.parametrize(
+    "types",
+    [
+        SHARDING_TYPES,
+        ("data_parallel",),
+        *(pytest.param((name,), marks=pytest.mark.slow) for name in SHARDING_TYPES[:-1]),
+    ],
+)
 def test_a_timed_step_is_a_step(pool: WorkerPool, types: tuple[ShardingType, ...]) -> None:
     """To the bit, and nothing of the clock stays; the stages fit into the time of the steps."""
     plan = plan_for(pool, *types)

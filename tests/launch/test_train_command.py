@@ -19,6 +19,7 @@ from shardemb.sharding.initialize import from_seed
 from tests.launch.tiny_run import ROWS, make_data, python, shardemb, tiny_config, write_config
 
 RESULT_KEYS = {
+    "embeddings",
     "steps",
     "samples",
     "samples_per_second",
@@ -66,7 +67,7 @@ def read(directory: Path) -> dict[str, Any]:
 
 def numbers(result: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on how fast the machine was."""
-    others = ("samples_per_second", "data_wait_fraction", "checkpoint")
+    others = ("samples_per_second", "data_wait_fraction", "embeddings", "checkpoint")
     return {key: value for key, value in result.items() if key not in others}
 
 
@@ -141,9 +142,10 @@ def test_a_person_is_told_the_outcome_and_where_it_is(runs: Runs) -> None:
     assert re.fullmatch(
         r"test AUC 0\.\d{4} \(best reachable 0\.\d{4}\), log loss 0\.\d{4}, "
         r"normalized entropy \d\.\d{4}",
-        shown[1],
+        shown[2],
     )
-    assert shown[2:] == [f"run directory: {runs.directory}"]
+    assert re.fullmatch(r"embeddings \d+(\.\d+)? ms a step", shown[1])
+    assert shown[3:] == [f"run directory: {runs.directory}"]
     noise = [line for line in runs.plain.stderr.splitlines() if not line.startswith("step ")]
     assert [line for line in noise if line] == [
         "starting 2 workers on this machine",
