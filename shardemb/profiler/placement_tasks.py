@@ -87,7 +87,9 @@ def _draw_task(
     optimizer = OPTIMIZERS[int(generator.integers(len(OPTIMIZERS)))]
     limits = LIMITS[profile.environment.device_type]
     tables = [draw_table(generator, f"t{i}", rows, dtype, optimizer, limits) for i in range(count)]
-    model = LearnedCost(profile, max(rows // topology.world_size, 1))
+    # What a step takes around kernels and collectives is alike wherever a whole table is.
+    kernels = profile.model_copy(update={"plans": ()})
+    model = LearnedCost(kernels, max(rows // topology.world_size, 1))
     shards = whole_tables(TableColumns.of(tables))
     costs = model.stage_costs(shards, topology)
     order = np.argsort(-costs.sum(axis=1), kind="stable")

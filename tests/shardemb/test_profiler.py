@@ -150,7 +150,7 @@ def test_kernels_run_and_take_longer_with_more_work(optimizer: str, dtype: str) 
 
 
 def _worker(folder: Path, seconds: float) -> subprocess.Popen[bytes]:
-    command = ["-m", "shardemb.profiler.worker", str(folder), str(seconds), "3", "1"]
+    command = ["-m", "shardemb.profiler.worker", "device", str(folder), str(seconds), "3", "1"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen([sys.executable, *command], env=environment | {"OMP_NUM_THREADS": "1"})
 
