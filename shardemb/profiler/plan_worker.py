@@ -19,6 +19,7 @@ from shardemb.failure import report_failures
 from shardemb.profiler.plan_timing import time_plan
 from shardemb.quiet import silence_libraries
 from shardemb.ranks import process_group
+from shardemb.train import leave
 
 
 def main(
@@ -41,4 +42,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))  # type: ignore[arg-type]
+    leave(main(*sys.argv[1:]))  # type: ignore[arg-type]

@@ -35,6 +35,7 @@ from shardemb.profiler.workloads import (
 )
 from shardemb.quiet import silence_libraries
 from shardemb.ranks import process_group
+from shardemb.train import leave
 
 PLAN_REPETITIONS = 7
 
@@ -157,4 +158,4 @@ def main(what: str, folder: str, seconds: str, seed: str, threads: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    leave(main(*sys.argv[1:]))
