@@ -8,8 +8,8 @@ for work like that which was measured.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from planner.storage import OUTPUT_BYTES
 from planner.tables import TableSpec
 
 FEWEST_SETS, FEWEST_CALLS = 24, 5  # of tables, and of each collective
-FEWEST_PLANS = 12  # on one number of ranks
+FEWEST_PLANS = 12  # on one number of ranks; of fewer nothing is fitted
 HELD_OUT = 0.15  # share of the tasks, and of the collectives, that intervals are taken from
 
 
@@ -45,8 +45,7 @@ def fit_profile(measurements: Measurements, seed: int = 0) -> Profile:
     """
     ranks = max((len(call.sent_bytes) for call in measurements.collectives), default=0)
     calls = [call for call in measurements.collectives if len(call.sent_bytes) == ranks]
-    plans = Counter(sample.plan.topology.world_size for sample in measurements.plans)
-    _check_enough(measurements.kernels, calls, plans)
+    _check_enough(measurements.kernels, calls)
     communication = {
         kind: fit_collective([call for call in calls if call.kind == kind], seed)
         for kind in COLLECTIVES
@@ -74,13 +73,8 @@ def fit_all_plans(plans: Sequence[PlanSample], profile: Profile) -> tuple[PlanTi
     )
 
 
-def _check_enough(
-    kernels: Sequence[KernelSample], calls: Sequence[CollectiveSample], plans: Mapping[int, int]
-) -> None:
+def _check_enough(kernels: Sequence[KernelSample], calls: Sequence[CollectiveSample]) -> None:
     found = {"sets of tables": (len(kernels), FEWEST_SETS)}
-    if plans:
-        most = max(plans.values())
-        found["plans"] = (most, FEWEST_PLANS)
     for kind in COLLECTIVES if calls else ():
         found[f"{kind} collectives"] = (sum(c.kind == kind for c in calls), FEWEST_CALLS)
     lines = [
