@@ -1,7 +1,6 @@
-"""Predicted steps of DreamShard's policy, the published rules, TorchRec's planner and ours.
+"""Predicted steps of the plans of DreamShard's policy, the published rules and our planner.
 
-    python -m benchmarks.placement_simulated --with-torchrec \\
-        --markdown benchmarks/results/placement_simulated.md
+    python -m benchmarks.placement_simulated --markdown benchmarks/results/placement_simulated.md
 
 Nothing is measured but the time that planning takes: all plans are judged by what a shipped profile
 predicts for them with whole kernels. Tasks are random tables of the synthetic lists, which no
@@ -146,7 +145,7 @@ def bounds(rows: list[Row]) -> list[Row]:
 def main(
     data: Annotated[Path, typer.Option(help="folder of table lists")] = ROOT
     / "../shared/data/planner",
-    with_torchrec: Annotated[bool, typer.Option(help="on the smallest tasks; minutes")] = False,
+    with_torchrec: Annotated[bool, typer.Option(help="on the smallest; minutes each")] = False,
     most_ranks: Annotated[int, typer.Option(help="leave out tasks of more ranks")] = 256,
     markdown: Annotated[Path | None, typer.Option(help="write the tables here")] = None,
 ) -> None:
