@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,20 +73,21 @@ def _by_stage(stages: Floats) -> dict[str, list[float]]:
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """The slowest rank of each stage, the step, and the kernels of each rank."""
     measured, predicted = comparison.measured, comparison.predicted
+    if predicted is None:
+        predicted = np.full_like(measured, np.nan)
     table = Table(title="predicted and measured, ms", title_justify="left")
     for name in ("stage", "predicted", "measured", "error"):
         table.add_column(name, justify="left" if name == "stage" else "right")
-    if len(measured) <= MOST_RANKS:
-        for rank in range(len(measured)):
-            for i in COMPUTE:
-                name = f"{_words(STAGES[i])}, rank {rank}"
-                table.add_row(name, *_cells(predicted, measured, lambda s: float(s[rank, i])))  # noqa: B023
-        table.add_section()
-    for i, stage in enumerate(STAGES):
-        name = f"{_words(stage)}, slowest"
-        table.add_row(name, *_cells(predicted, measured, lambda s: float(s[:, i].max())))  # noqa: B023
+    for rank in range(len(measured)) if len(measured) <= MOST_RANKS else ():
+        for i in COMPUTE:
+            cells = _cells(predicted[rank, i], measured[rank, i])
+            table.add_row(f"{_words(STAGES[i])}, rank {rank}", *cells)
     table.add_section()
-    table.add_row("step: the sum of the slowest", *_cells(predicted, measured, _step))
+    for i, stage in enumerate(STAGES):
+        cells = _cells(predicted[:, i].max(), measured[:, i].max())
+        table.add_row(f"{_words(stage)}, slowest", *cells)
+    table.add_section()
+    table.add_row("step: the sum of the slowest", *_cells(_step(predicted), _step(measured)))
     console.print(table)
     if comparison.measured_step_ms is not None:
         console.print(f"a step without stops: {comparison.measured_step_ms:.3g} ms")
@@ -95,10 +97,8 @@ def _words(stage: str) -> str:
     return stage.removesuffix("_ms").replace("_", " ")
 
 
-def _cells(predicted: Floats | None, measured: Floats, of: Any) -> tuple[str, str, str]:
-    found = of(measured)
-    if predicted is None:
-        return "-", f"{found:.3g}", "-"
-    expected = of(predicted)
-    error = f"{100 * (expected / found - 1):+.0f}%" if found > 0 else "-"
-    return f"{expected:.3g}", f"{found:.3g}", error
+def _cells(expected: float, found: float) -> tuple[str, str, str]:
+    """A dash for what is NaN: nothing was predicted."""
+    shown = "-" if math.isnan(expected) else f"{expected:.3g}"
+    is_known = found > 0 and not math.isnan(expected)
+    return shown, f"{found:.3g}", f"{100 * (expected / found - 1):+.0f}%" if is_known else "-"

@@ -53,6 +53,10 @@ class LearnedCost:
     Measured are fused kernels for pooled, unweighted tables in device memory, and collectives in
     one host. Other kernels cost what the analytic model says, times what fused kernels take here
     for each ms that it says of them; between hosts collectives are the analytic model's.
+
+    Where whole plans were run too, kernels, collectives and what is around them are weighted as
+    PlanTimes of the nearest number of ranks says. The weights are not negative, so all this stays
+    true; what a sharding type takes however few shards it has is in `estimate` alone.
     """
 
     profile: Profile

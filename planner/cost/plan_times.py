@@ -23,9 +23,8 @@ from planner.shards import TYPE_CODE, Bools, Floats, Ints, ShardColumns
 from planner.storage import ID_BYTES, OUTPUT_BYTES
 from planner.topology import Topology
 
-KernelMs = Callable[
-    [Bools], Floats
-]  # [ranks, 2]: of one kernel on each rank, of some of the shards
+# Of some of the shards, each rank's in one kernel: [ranks, 2], forward and backward.
+KernelMs = Callable[[Bools], Floats]
 
 # Of a rank: forward_compute and backward_compute are sums of these.
 KERNEL_LOADS = (
@@ -49,7 +48,9 @@ LINK_LOADS = (
     "sent_bytes",
     "output_bytes",
 )
-_FUSED, _REPLICATED = KERNEL_LOADS.index("fused_ms"), slice(3, None)
+_FUSED = KERNEL_LOADS.index("fused_ms")
+_REPLICATED = slice(KERNEL_LOADS.index("replicated"), None)
+_OF_REPLICATED = slice(KERNEL_LOADS.index("replicated_ms"), None)  # of each table
 _COLLECTIVES = LINK_LOADS.index("collectives_ms")
 _OF_SHARDS = slice(_COLLECTIVES + 1, -1)
 
@@ -69,15 +70,10 @@ class PlanTimes(Part):
 
     @model_validator(mode="after")
     def _fits(self) -> PlanTimes:
-        kernels, links = (
-            (self.forward_compute, self.backward_compute),
-            (
-                self.forward_comm,
-                self.backward_comm,
-            ),
-        )
-        for parts, loads in ((kernels, KERNEL_LOADS), (links, LINK_LOADS)):
-            if any(len(part) != len(loads) or part.min() < 0 for part in parts):
+        compute = [(part, KERNEL_LOADS) for part in (self.forward_compute, self.backward_compute)]
+        comm = [(part, LINK_LOADS) for part in (self.forward_comm, self.backward_comm)]
+        for part, loads in (*compute, *comm):
+            if len(part) != len(loads) or part.min() < 0:
                 raise ValueError(f"must be weights >= 0 of the {len(loads)} loads of this version")
         return self
 
@@ -108,8 +104,7 @@ class PlanTimes(Part):
         replicated = np.stack(
             [kernel_ms, np.ones_like(kernel_ms), np.repeat(loads.table_bytes[:, None], 2, axis=1)]
         )
-        weights = self.kernels[:, KERNEL_LOADS.index("replicated_ms") :]
-        every = np.einsum("lns,sl->ns", replicated, weights)
+        every = np.einsum("lns,sl->ns", replicated, self.kernels[:, _OF_REPLICATED])
         return np.where(loads.replicated[:, None], every, fused)
 
     def link_charges(self, collectives_ms: Floats, loads: ShardLoads) -> Floats:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,8 +47,6 @@ def time_plan(plan: Plan, device: torch.device, *, repetitions: int, seed: int =
     and as much reuse as their histograms say.
     """
     refuse_unknown(plan)
-    # That a plan splits rows which share a momentum is told where it is trained.
-    logging.getLogger(shard_model.__module__).setLevel(logging.ERROR)
     run = TimedPlan(plan, device, seed)
     stages, steps = [], []
     for number in range(WARM_UP + repetitions):

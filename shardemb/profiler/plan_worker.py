@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,8 @@ def main(
     device_type: Literal["auto", "cpu", "cuda"], out: str, repetitions: str, *plans: str
 ) -> int:
     silence_libraries()
+    # That a plan splits rows which share a momentum is told where it is trained.
+    logging.getLogger("shardemb.sharding").setLevel(logging.ERROR)
     with report_failures() as outcome, process_group(device_type) as device:
         for path in plans:
             timing = time_plan(Plan.load(Path(path)), device, repetitions=int(repetitions))

@@ -7,6 +7,7 @@ several ranks, `collectives` or `plans`.
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +152,8 @@ MEASURE: dict[str, Callable[[Path, float, int, torch.device], None]] = {
 
 def main(what: str, folder: str, seconds: str, seed: str, threads: str) -> int:
     silence_libraries()
+    # That a plan splits rows which share a momentum is told where it is trained.
+    logging.getLogger("shardemb.sharding").setLevel(logging.ERROR)
     torch.set_num_threads(int(threads))
     with report_failures() as outcome, process_group() as device:
         MEASURE[what](Path(folder), float(seconds), int(seed), device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torchrec import (
 
 from planner import Plan, PlannerError, ShardingRule, TableSpec, Topology, plan_by_rule
 from planner.geometry import SHARDING_TYPES
+from shardemb.metrics.stage_clock import StageClock
 from shardemb.optimizer_config import TableOptimizerConfig
 from shardemb.sharding.initialize import BLOCK_ROWS, local_blocks
 from shardemb.sharding.shard_model import shard_model
@@ -178,29 +180,34 @@ class Sequence(nn.Module):
             self.embeddings.embeddings["t"].weight.copy_(torch.arange(40.0).view(10, 4))
 
 
-def sequence_rows(plan: Plan, optimizer: str) -> torch.Tensor:
+def sequence_rows(plan: Plan, optimizer: str, timed: bool) -> torch.Tensor:
     model = shard_model(Sequence(), plan, TableOptimizerConfig(name=optimizer, lr=1.0))
     features = KeyedJaggedTensor(
         keys=["f"], values=torch.tensor([3, 9, 3]), lengths=torch.tensor([2, 1])
     )
-    values = model.module.embeddings(features)["f"].values()
-    values.sum().backward()
+    clock = StageClock(model, torch.device("cpu"))
+    with clock.step() if timed else nullcontext():
+        values = model.module.embeddings(features)["f"].values()
+        values.sum().backward()
+    stages = clock.stages()
+    assert (stages is not None) == timed and (stages is None or (stages[:, :3] > 0).all())
     return torch.stack([values.detach(), model.module.embeddings(features)["f"].values().detach()])
 
 
 @pytest.mark.parametrize(("optimizer", "change"), [("sgd", [2, 1, 2]), ("adam", [1, 1, 1])])
 @pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise", "column_wise"])
+@pytest.mark.parametrize("timed", [False, True])
 def test_embedding_collections_train(
-    pool: WorkerPool, sharding_type: str, optimizer: str, change: list[int]
+    pool: WorkerPool, sharding_type: str, optimizer: str, change: list[int], timed: bool
 ) -> None:
     """Unpooled lookups give the table's rows; SGD on their sum takes away their counts, and Adam's
-    first step the learning rate."""
+    first step the learning rate. Also where the step is timed."""
     spec = TableSpec(name="t", num_embeddings=10, embedding_dim=4)
     plan = plan_by_rule(
         [spec], topology_of(pool), ShardingRule(sharding_type=sharding_type, column_shards=1)
     )
     rows = torch.arange(40.0).view(10, 4)[[3, 9, 3]]
-    for found in pool.run(sequence_rows, plan, optimizer):
+    for found in pool.run(sequence_rows, plan, optimizer, timed):
         torch.testing.assert_close(found[0], rows)
         torch.testing.assert_close(found[1], rows - torch.tensor(change)[:, None])
 
