@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -165,10 +165,10 @@ def ours(case: Case, precision: str) -> Step:
         DenseOptimizerConfig(lr=DENSE_RATE),
         precision=PrecisionConfig(dense=precision),  # type: ignore[arg-type]
     )
-    batches = cycle(case.batches)
+    pairs = pairwise(cycle(case.batches))
 
     def step() -> None:
-        trainer.train_step(next(batches))
+        trainer.train_step(*next(pairs))
 
     return step
 

@@ -30,6 +30,7 @@ from shardemb.optimizer_config import (
 )
 from shardemb.precision_config import PrecisionConfig
 from shardemb.schedule import LearningRates
+from shardemb.sharding.ids_ahead import IdsAhead
 from shardemb.sharding.shard_model import ShardedModel
 from shardemb.supervision import Supervision
 from shardemb.tasks import Task
@@ -88,6 +89,8 @@ class Trainer:
         self.loss = Loss(tasks)
         self.device = model.device
         self.clock = StageClock(model, self.device)
+        self.ids_ahead = IdsAhead(model)
+        self._following: tuple[Batch, Batch] | None = None  # as given, and on the device
         self.step, self.samples = 0, 0  # trained so far; samples are rows over all ranks
         self.world_size = dist.get_world_size()
         self.dense_optimizer = dense_optimizer or DenseOptimizerConfig()
@@ -99,13 +102,21 @@ class Trainer:
         self.gradient_clipping = gradient_clipping or GradientClippingConfig()
         self.precision = precision or PrecisionConfig()
 
-    def train_step(self, batch: Batch) -> torch.Tensor:
-        """One step on this rank's `batch`; this rank's part of the loss, summed over its rows."""
+    def train_step(self, batch: Batch, following: Batch | None = None) -> torch.Tensor:
+        """One step on this rank's `batch`; this rank's part of the loss, summed over its rows.
+
+        The ids of `following`, the batch of the next step, are exchanged meanwhile. All ranks give
+        one, or none.
+        """
         self.optimizer.zero_grad()
-        batch = batch.to(self.device, non_blocking=True)
+        batch = self._on_device(batch)
+        if following is not None:
+            self._following = following, following.to(self.device, non_blocking=True)
+            self.ids_ahead.begin(self._following[1].sparse)
         is_bf16 = self.precision.dense == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
             outputs = self._outputs(batch)
+        self.ids_ahead.send()
         loss_sum = self.loss(outputs, batch)
         # Gradients are averaged over ranks, so this makes them those of the mean over all rows.
         (loss_sum * (self.world_size / max(batch.global_rows, 1))).backward()
@@ -143,12 +154,16 @@ class Trainer:
         meter, progress = _Meter(self.samples), None
         first = self.step + 1
         batches = _with_position(reader, epochs)
+        pairs = _with_following(batches)
         while self.step < last and not self.has_stopped:
-            batch, position = meter.wait_for(batches)
+            (batch, position), following = meter.wait_for(pairs)
             self.rates.set(self.step + 1, last)
             self.freezing.set(self.step + 1, position[0] + 1)
-            with self.clock.step() if self.step - first + 1 in TIMED_STEPS else nullcontext():
-                loss_sum = self.train_step(batch)
+            number = self.step - first + 1
+            # A step that is timed exchanges its ids itself.
+            is_ahead = self.step + 1 < last and number + 1 not in TIMED_STEPS
+            with self.clock.step() if number in TIMED_STEPS else nullcontext():
+                loss_sum = self.train_step(batch, following if is_ahead else None)
             meter.add(loss_sum, batch.global_rows, position)
             self.step, self.samples = self.step + 1, meter.samples
             if supervision and supervision.stops_after(self.step):
@@ -174,6 +189,7 @@ class Trainer:
             if self.step == first + WARMUP_STEPS - 1:
                 meter.start_steady_state()
         batches.close()
+        self.ids_ahead.drop()
         if checkpoints:
             checkpoints.wait()
         return progress
@@ -226,8 +242,14 @@ class Trainer:
             evaluator.update(self._outputs(batch), batch)
         return evaluator.compute()
 
+    def _on_device(self, batch: Batch) -> Batch:
+        if self._following is not None and self._following[0] is batch:
+            return self._following[1]
+        return batch.to(self.device, non_blocking=True)
+
     def _outputs(self, batch: Batch) -> torch.Tensor:
         """[batch_size, num_outputs]."""
+        self.ids_ahead.current = batch.sparse
         outputs, rows, width = self.model(batch), len(batch.mask), self.loss.num_outputs
         if outputs.shape != (rows, width) and (outputs.shape, width) != ((rows,), 1):
             needed = "one logit" if width == 1 else f"{width} numbers"
@@ -248,6 +270,17 @@ def _with_position(
     for epoch in range(reader.first_epoch, epochs):
         for steps, batch in enumerate(reader.epoch(epoch), start=1):
             yield batch, (epoch, steps)
+
+
+def _with_following(
+    batches: Iterator[tuple[Batch, Position]],
+) -> Iterator[tuple[tuple[Batch, Position], Batch | None]]:
+    """Each with the batch after it."""
+    item = next(batches, None)
+    while item is not None:
+        after = next(batches, None)
+        yield item, after[0] if after else None
+        item = after
 
 
 def _is_due(step: int, last: int, every: int | None) -> bool:

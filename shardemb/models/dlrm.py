@@ -8,7 +8,6 @@ from math import comb
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection
-from torchrec.models.dlrm import SparseArch
 
 from planner import RequestError
 from shardemb.data.batch import Batch
@@ -50,9 +49,9 @@ class DLRM(nn.Module):
                 f"model.name: dlrm takes a feature from one table, but several tables use "
                 f"{', '.join(shared)}; use dcn_v2, which takes any"
             )
-        self.sparse = SparseArch(embeddings)
+        self.embeddings = embeddings
         self.dense = MLP(num_dense, [*dense_layers, dims[0]], dropout, norm)
-        self.interaction = DotInteraction(len(names))
+        self.interaction = DotInteraction(names)
         width = dims[0] + comb(len(names) + 1, 2)  # of the dense features and of all pairs
         self.over = MLP(width, over_layers, dropout, norm)
         self.output = nn.Linear(over_layers[-1] if over_layers else width, num_outputs)
@@ -60,5 +59,5 @@ class DLRM(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """[batch_size, num_outputs]."""
         dense = self.dense(batch.dense, batch.mask)
-        pairs = self.interaction(dense, self.sparse(batch.sparse))
+        pairs = self.interaction(dense, self.embeddings(batch.sparse))
         return self.output(self.over(pairs, batch.mask))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -151,12 +152,22 @@ def make_trainer(
 
 
 def train_steps(trainer: Trainer, steps: list[Rows], batch_size: int, weighted: bool) -> None:
-    rank = torch.distributed.get_rank()
-    for rows in steps:
-        mine = rows.part(rank * batch_size, (rank + 1) * batch_size)
+    """Each step's ids are exchanged during the one before, but those of the first."""
+    batches = own_batches(steps, batch_size, weighted)
+    for batch, following in zip_longest(batches, batches[1:]):
         trainer.freezing.set(trainer.step + 1, epoch=1)
-        trainer.train_step(pad_batch(mine, batch_size, len(rows), weighted))
-        trainer.step, trainer.samples = trainer.step + 1, trainer.samples + len(rows)
+        trainer.train_step(batch, following)
+        trainer.step, trainer.samples = trainer.step + 1, trainer.samples + batch.global_rows
+
+
+def own_batches(steps: list[Rows], batch_size: int, weighted: bool) -> list[Batch]:
+    """This rank's part of `steps`."""
+    start = dist.get_rank() * batch_size
+    parts = [rows.part(start, start + batch_size) for rows in steps]
+    return [
+        pad_batch(part, batch_size, len(rows), weighted)
+        for part, rows in zip(parts, steps, strict=True)
+    ]
 
 
 def holdings(model: ShardedModel, trainer: Trainer) -> dict[str, Any]:

@@ -152,9 +152,9 @@ def speed_by_clock(data: Path) -> list[float]:
     trainer, now = make_trainer("row_wise"), [0.0]
     train_step, evaluate = trainer.train_step, trainer.evaluate
 
-    def slow_step(batch: Batch) -> torch.Tensor:
+    def slow_step(batch: Batch, following: Batch | None) -> torch.Tensor:
         now[0] += 1
-        return train_step(batch)
+        return train_step(batch, following)
 
     def slow_evaluation(batches: Iterable[Batch]) -> Evaluation:
         now[0] += 1000
