@@ -13,8 +13,10 @@ from shardemb.section import Section
 class PrecisionConfig(Section):
     """Parameters, gradients, optimizers, loss and evaluation are in fp32 under each of them."""
 
-    dense: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="bf16: matrix products of the dense part, by autocast"
+    dense: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="of matrix products of the dense part, by autocast; auto: bf16 where the "
+        "device multiplies in it and rows of a step x dense weights are at least 1e8",
     )
 
 

@@ -226,6 +226,7 @@ def _result(
         "samples_per_second": progress.samples_per_second if progress else None,
         "data_wait_fraction": progress.data_wait_fraction if progress else None,
         "train_loss": progress.train_loss if progress else None,
+        "dense_precision": trainer.dense_precision,
         "world_size": plan.topology.world_size,
         "plan_fingerprint": plan.fingerprint,
         "embeddings": _embeddings(trainer),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from shardemb.best_step import BestStep
 from shardemb.checkpoint.checkpoints import Checkpoints
 from shardemb.data.batch import Batch
 from shardemb.data.parquet import ParquetReader
+from shardemb.dense_precision import bf16_pays
 from shardemb.freezing import Freezing
 from shardemb.losses import Loss
 from shardemb.metrics.catalog import TaskMetric
@@ -100,7 +101,11 @@ class Trainer:
         self.rates = LearningRates(model, self.optimizer, schedule or ScheduleConfig())
         self.freezing = Freezing(model, self.optimizer)
         self.gradient_clipping = gradient_clipping or GradientClippingConfig()
-        self.precision = precision or PrecisionConfig()
+        precision = precision or PrecisionConfig()
+        # Told by the first step where it is auto.
+        self.dense_precision: Literal["fp32", "bf16"] | None = (
+            None if precision.dense == "auto" else precision.dense
+        )
 
     def train_step(self, batch: Batch, following: Batch | None = None) -> torch.Tensor:
         """One step on this rank's `batch`; this rank's part of the loss, summed over its rows.
@@ -113,8 +118,7 @@ class Trainer:
         if following is not None:
             self._following = following, following.to(self.device, non_blocking=True)
             self.ids_ahead.begin(self._following[1].sparse)
-        is_bf16 = self.precision.dense == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
+        with self._autocast(batch):
             outputs = self._outputs(batch)
         self.ids_ahead.send()
         loss_sum = self.loss(outputs, batch)
@@ -241,6 +245,14 @@ class Trainer:
             batch = batch.to(self.device, non_blocking=True)
             evaluator.update(self._outputs(batch), batch)
         return evaluator.compute()
+
+    def _autocast(self, batch: Batch) -> torch.autocast:
+        if self.dense_precision is None:
+            rows = len(batch.mask) * self.world_size
+            pays = bf16_pays(self.optimizer, rows, self.device)
+            self.dense_precision = "bf16" if pays else "fp32"
+        is_bf16 = self.dense_precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
 
     def _on_device(self, batch: Batch) -> Batch:
         if self._following is not None and self._following[0] is batch:

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+import torch.distributed as dist
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType
 
 from planner import Plan, RequestError, ShardingRule, Topology, plan_by_rule
 from planner.geometry import SHARDING_TYPES
+from shardemb import dense_precision
 from shardemb.data.batch import Batch
 from shardemb.data.parquet import ParquetReader
 from shardemb.data.schema import BatchSchema
 from shardemb.data.synthetic import SyntheticFeature, synthesize
+from shardemb.dense_precision import has_bf16
 from shardemb.optimizer_config import DenseOptimizerConfig, TableOptimizerConfig
 from shardemb.precision_config import CommunicationConfig, PrecisionConfig
 from shardemb.sharding.shard_model import current_topology, shard_model
@@ -166,3 +169,39 @@ def test_each_switch_costs_less_than_a_thousandth_of_auc(pool: WorkerPool, data:
         trained_in = torch.bfloat16 if switch == "bf16 dense" else torch.float32
         assert dtypes == {(True, trained_in), (False, torch.float32)}
     assert len({auc for auc, _ in found.values()}) == len(SWITCHES)
+
+
+def chosen(bf16_ranks: tuple[int, ...], surplus: int) -> tuple[str | None, set[torch.dtype]]:
+    """The precision of a trainer told nothing, where a step has `surplus` products too many or too
+    few, and in what the model computed."""
+    model, rows = Clicks(DataType.FP32), 8
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "bags" not in n)
+    tables = tables_from_module(model)
+    plan = plan_by_rule(tables, current_topology(), ShardingRule(sharding_type="row_wise"))
+    dtypes, trainer = model.dtypes, Trainer(shard_model(model, plan))
+    lengths = torch.ones(len(TABLES) * rows, dtype=torch.long)
+    ids = KeyedJaggedTensor(list(TABLES), torch.zeros_like(lengths), lengths=lengths)
+    global_rows = rows * dist.get_world_size()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense_precision, "has_bf16", lambda _: dist.get_rank() in bf16_ranks)
+        patch.setattr(dense_precision, "ENOUGH_PRODUCTS", global_rows * weights - surplus)
+        trainer.train_step(
+            Batch(torch.zeros(rows, 2), ids, torch.zeros(rows), torch.ones(rows), global_rows)
+        )
+    return trainer.dense_precision, {dtype for is_training, dtype in dtypes if is_training}
+
+
+@two_ranks
+def test_bf16_is_chosen_where_it_pays_on_all_ranks(pool: WorkerPool) -> None:
+    """By products of matrices alone: biases and tables do not count."""
+    for ranks, surplus, expected in [
+        ((0, 1), 0, ("bf16", {torch.bfloat16})),
+        ((0, 1), -1, ("fp32", {torch.float32})),
+        ((0,), 0, ("fp32", {torch.float32})),
+    ]:
+        assert pool.run(chosen, ranks, surplus) == [expected] * 2
+
+
+def test_the_processor_says_whether_it_has_bf16() -> None:
+    flags = Path("/proc/cpuinfo").read_text()
+    assert has_bf16(torch.device("cpu")) == ("bf16" in flags)

@@ -291,7 +291,7 @@ def test_malformed_overrides(path: Path, override: str, message: str):
         (
             "train.precision.dense=fp16",
             "",
-            "Input should be 'fp32' or 'bf16' (found 'fp16')",
+            "Input should be 'auto', 'fp32' or 'bf16' (found 'fp16')",
         ),
         (
             "train.communication.forward=int8",
