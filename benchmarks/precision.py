@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "criteo.yaml"
 BF16 = "train.precision.dense=bf16"
 SWITCHES: dict[str, list[str]] = {
-    "fp32": [],
+    "fp32": ["train.precision.dense=fp32"],
     "bf16 dense": [BF16],
     "fp16 communication": ["train.communication={forward: fp16, backward: fp16}"],
     "fp16 tables": ["tables.C{1..26}.dtype=fp16"],
