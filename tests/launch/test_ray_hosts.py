@@ -80,19 +80,24 @@ class Cluster:
         self._process.communicate(timeout=TIMEOUT_SECONDS)
 
 
+def cluster_settings(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A token, loopback alone, and modules of `folder` found."""
+    (folder / "token").write_text("0" * 64)
+    (folder / "token").chmod(0o600)
+    patch.setenv("RAY_AUTH_MODE", "token")
+    patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    patch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', os.getcwd())}")
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes."""
     folder = tmp_path_factory.mktemp("cluster")
-    (folder / "token").write_text("0" * 64)
-    (folder / "token").chmod(0o600)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        patch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', os.getcwd())}")
+        cluster_settings(patch, folder)
         made = Cluster(folder)
         try:
             made.tell("add")
