@@ -35,6 +35,7 @@ from shardemb.optimizer_config import (
     TableOptimizerConfig,
 )
 from shardemb.precision_config import CommunicationConfig, PrecisionConfig
+from shardemb.pretrained_config import PretrainedConfig
 from shardemb.section import Section as _Section
 from shardemb.tasks import LossOrName, Task, TaskConfig
 from shardemb.yaml_config import apply_overrides, expand_keys, expand_names
@@ -152,6 +153,9 @@ class TableConfig(_Section):
     )
     frozen: Freeze = Field(
         default=None, description="true: never trained; or from when until when it is not"
+    )
+    pretrained: PretrainedConfig | None = Field(
+        default=None, description="vectors that it begins with, unless a checkpoint has it"
     )
 
     @field_validator("feature_names")

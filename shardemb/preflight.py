@@ -7,6 +7,7 @@ from shardemb.config import RunConfig
 from shardemb.data.dataset import read_info
 from shardemb.data.footers import read_windows
 from shardemb.data.ids import check_vocabularies
+from shardemb.data.pretrained import pretrained_tables
 from shardemb.data.schema import BatchSchema
 from shardemb.data.sources import parquet_files
 from shardemb.planning import plan_run
@@ -23,5 +24,7 @@ def check_run(config: RunConfig, topology: Topology) -> None:
     read_info(config.data.dir)
     schema = BatchSchema.from_config(config)
     check_vocabularies(schema)
+    for table in pretrained_tables(config):
+        table.check()
     for split in config.splits():
         read_windows(parquet_files(config.data.split(split)), schema)

@@ -41,6 +41,7 @@ def run(config: RunConfig, supervision: Supervision | None = None) -> None:
     from shardemb.build import build_reader, build_trainer, tell
     from shardemb.checkpoint.checkpoints import Checkpoints
     from shardemb.ranks import process_group
+    from shardemb.warm_start import warm_start
 
     with process_group(config.launch.device) as device:
         tell(f"reading the footers of {config.data.dir}")
@@ -68,6 +69,8 @@ def run(config: RunConfig, supervision: Supervision | None = None) -> None:
             tell(f"going on after step {trainer.step}")
         elif wanted:
             tell(f"no checkpoint in {config.checkpoint_dir}: starting from the beginning")
+        if not resumed:
+            warm_start(config, trainer.model)
         tell(f"training on {plan.topology.world_size} x {device.type}")
         with directory or nullcontext():
             result = _train(

@@ -25,7 +25,7 @@ _ADAM = {"momentum1": "exp_avg", "momentum2": "exp_avg_sq"}
 
 def table_pieces(model: ShardedModel, optimizer: CombinedOptimizer) -> list[Piece]:
     """What this rank holds of all tables and of their optimizer's state."""
-    weights = list(_weights(model))
+    weights = list(weight_pieces(model))
     return [
         *weights,
         *_fused_states(model),
@@ -40,7 +40,8 @@ def parameter_names(model: ShardedModel) -> dict[str, str]:
     return {table: name for table, name in names.items() if table is not None}
 
 
-def _weights(model: ShardedModel) -> Iterator[Piece]:
+def weight_pieces(model: ShardedModel) -> Iterator[Piece]:
+    """What this rank holds of all tables."""
     for name, value in model.state_dict().items():
         table = table_of(name, model.planner_plan)
         if table is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -9,13 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from planner import UserError
 from shardemb.data.hashing import hash_ids, mix64, strings_to_ids
 from shardemb.data.schema import BatchSchema, FeatureSchema
-from shardemb.data.sources import first_line
+from shardemb.data.sources import first_line, open_parquet, read_bytes
 
 Ints = NDArray[np.int64]
 
@@ -157,10 +157,11 @@ def load_vocabulary(path: str) -> Vocabulary:
 def _read_values(path: str) -> pa.Array:
     try:
         if path.endswith(".parquet"):
-            values = pq.read_table(path, columns=["value"])["value"].combine_chunks()
+            with open_parquet(path) as file:
+                values = file.read(["value"])["value"].combine_chunks()
         else:
-            with open(path, encoding="utf-8") as lines:
-                values = pa.array([line.rstrip("\n") for line in lines], pa.string())
+            lines = io.StringIO(read_bytes(path).decode(), newline=None)
+            values = pa.array([line.rstrip("\n") for line in lines], pa.string())
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(
             f"cannot read the vocabulary {path} ({first_line(error)}): it must be a Parquet file "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import glob
+import io
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -97,6 +98,22 @@ def open_parquet(path: str, **options: Any) -> pq.ParquetFile:
         return pq.ParquetFile(path, **options)
     filesystem, inner = filesystem_of(path)
     return pq.ParquetFile(filesystem.open_input_file(inner), pre_buffer=True, **options)
+
+
+def open_file(path: str) -> IO[bytes]:
+    """To be read at any place; raises OSError."""
+    if not is_remote(path):
+        return Path(path).open("rb")
+    filesystem, inner = filesystem_of(path)
+    stream: IO[bytes] = filesystem.open_input_file(inner)
+    return stream
+
+
+def open_text(path: str) -> IO[str]:
+    """Lines of UTF-8, from a compressed file too; raises OSError."""
+    filesystem, inner = filesystem_of(path) if is_remote(path) else (pafs.LocalFileSystem(), path)
+    stream = filesystem.open_input_stream(inner, compression="detect")
+    return io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n")
 
 
 def read_bytes(path: str) -> bytes:

@@ -46,7 +46,12 @@ class Vocabulary:
 
 
 def vocabulary_file(dataset: Path, feature: str) -> Path:
-    return dataset / FOLDER / f"{quote(feature, safe=' ')}.parquet"
+    return Path(vocabulary_path(str(dataset), feature))
+
+
+def vocabulary_path(dataset: str, feature: str) -> str:
+    """`dataset` may be a URL."""
+    return f"{dataset.rstrip('/')}/{FOLDER}/{quote(feature, safe=' ')}.parquet"
 
 
 def count_values(columns: Iterable[pa.ChunkedArray]) -> pa.Table:
