@@ -62,11 +62,12 @@ def build_trainer(config: RunConfig, device: torch.device) -> Trainer:
         precision=config.train.precision,
         tasks=config.tasks,
         metrics=config.metrics,
-        best=_best_step(config),
+        best=best_step(config),
     )
 
 
-def _best_step(config: RunConfig) -> BestStep | None:
+def best_step(config: RunConfig) -> BestStep | None:
+    """That of a run which has evaluated nothing yet; None where none is looked for."""
     if config.evaluation.every_steps is None:
         return None
     metric, stopping = config.best_metric, config.evaluation.early_stopping

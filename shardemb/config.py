@@ -334,6 +334,15 @@ class CheckpointConfig(_Section):
         default=None,
         description="go on in the run directory `output`: latest, best, or a checkpoint's name",
     )
+    start_from: str | None = Field(
+        default=None,
+        description="begin a new run with another's checkpoint: its run directory, or one of them",
+    )
+    grow_tables: bool = Field(
+        default=False,
+        description="tables may have more rows than the checkpoint's: new ones begin as in a new "
+        "run",
+    )
 
 
 class LaunchConfig(_Section):

@@ -29,13 +29,16 @@ def run(config: RunConfig, checkpoint: str, result: Path) -> None:
     from shardemb.build import build_reader, build_trainer, tell
     from shardemb.checkpoint.checkpoints import Checkpoints
     from shardemb.ranks import process_group
+    from shardemb.warm_start import warm_start
 
     with process_group(config.launch.device) as device:
         reader = build_reader(config, "test")
         trainer = build_trainer(config, device)
         checkpoints = Checkpoints(config.checkpoint_dir)
         name = None if checkpoint == LATEST else checkpoint
-        manifest = checkpoints.load(trainer, name, weights_only=True)
+        grow_tables = config.checkpoint.grow_tables
+        manifest = checkpoints.load(trainer, name, weights_only=True, grow_tables=grow_tables)
+        warm_start(config, trainer.model, manifest)
         tell(f"evaluating the checkpoint of step {manifest.step}")
         evaluation = trainer.evaluate(reader.epoch())
         if dist.get_rank() == 0:

@@ -17,6 +17,7 @@ from shardemb.supervision import StoppedError, Supervision
 
 if TYPE_CHECKING:
     from shardemb.checkpoint.checkpoints import Checkpoints
+    from shardemb.checkpoint.manifest import Manifest
     from shardemb.data.order import Window
     from shardemb.data.parquet import ParquetReader
     from shardemb.metrics.run_log import RunLog
@@ -61,16 +62,16 @@ def run(config: RunConfig, supervision: Supervision | None = None) -> None:
         begun = _is_begun(config)
         wanted = "latest" if begun else config.checkpoint.resume
         resumed = _resume(config, wanted, checkpoints, trainer, train_data)
-        if supervision:
-            supervision.tell(trainer.step)
         if directory and (begun or resumed):
             directory.resume_at(trainer.step)
-        if resumed:
-            tell(f"going on after step {trainer.step}")
-        elif wanted:
+        if wanted and not resumed:
             tell(f"no checkpoint in {config.checkpoint_dir}: starting from the beginning")
-        if not resumed:
-            warm_start(config, trainer.model)
+        loaded = resumed or _start_from(config, trainer)
+        if supervision:
+            supervision.tell(trainer.step)
+        if loaded:
+            tell(f"going on after step {trainer.step}")
+        warm_start(config, trainer.model, loaded)
         tell(f"training on {plan.topology.world_size} x {device.type}")
         with directory or nullcontext():
             result = _train(
@@ -118,24 +119,44 @@ def _resume(
     checkpoints: Checkpoints,
     trainer: Trainer,
     reader: ParquetReader,
-) -> bool:
-    """Whether the run goes on from a checkpoint, which it does where that is wanted and can be."""
+) -> Manifest | None:
+    """What the run goes on from, which it does where that is wanted and can be."""
     names: list[str] = []
     if wanted is not None or config.checkpoint.dir is not None:
         names = checkpoints.find()
     if wanted is None:
         checkpoints.refuse_earlier(names)
-        return False
+        return None
     if wanted == "latest" and not names:
-        return False
-    manifest = checkpoints.load(trainer, None if wanted == "latest" else wanted)
+        return None
+    manifest = checkpoints.load(
+        trainer,
+        None if wanted == "latest" else wanted,
+        grow_tables=config.checkpoint.grow_tables,
+    )
     if manifest.loader is None:
         raise UserError(
             f"the checkpoint of step {manifest.step} in {config.checkpoint_dir} was saved without "
             "the reader's state: a run cannot go on there"
         )
     reader.resume(manifest.loader)
-    return True
+    return manifest
+
+
+def _start_from(config: RunConfig, trainer: Trainer) -> Manifest | None:
+    """Another run's checkpoint that this one begins with, on data of its own."""
+    from shardemb.build import best_step
+    from shardemb.checkpoint.checkpoints import Checkpoints
+    from shardemb.checkpoint.contents import find
+
+    if config.checkpoint.start_from is None:
+        return None
+    found = find(config.checkpoint.start_from)
+    manifest = Checkpoints(found.store.root).load(
+        trainer, found.name, grow_tables=config.checkpoint.grow_tables
+    )
+    trainer.best = best_step(config)  # that run's best is none of this one's
+    return manifest
 
 
 def _train(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from planner import UserError
 from shardemb.build import tell
+from shardemb.checkpoint.manifest import Manifest
 from shardemb.checkpoint.piece import Piece
 from shardemb.checkpoint.state import weight_pieces
 from shardemb.config import RunConfig
@@ -26,14 +27,23 @@ class Filled(NamedTuple):
     unknown_keys: int
 
 
-def warm_start(config: RunConfig, model: ShardedModel) -> None:
-    """Fill all tables of `model` that the config has vectors for; a collective."""
+def warm_start(config: RunConfig, model: ShardedModel, loaded: Manifest | None) -> None:
+    """Fill the tables of `model` that the config has vectors for; a collective. Of those in a
+    checkpoint that was `loaded`, the rows that it does not have."""
+    saved = {name: table.num_embeddings for name, table in loaded.tables.items()} if loaded else {}
+    for spec in model.table_specs:
+        rows = saved.get(spec.name, spec.num_embeddings)
+        if rows < spec.num_embeddings:
+            tell(f"table {spec.name}: grows from {rows:,} rows to {spec.num_embeddings:,}")
     for table in pretrained_tables(config):
-        filled = fill_pretrained(model, table)
+        first_row = saved.get(table.table, 0)
+        if first_row == table.num_embeddings:
+            continue
+        filled = fill_pretrained(model, table, first_row)
         unknown = f"; {filled.unknown_keys:,} of its keys have none" if filled.unknown_keys else ""
         tell(
-            f"table {table.table}: {filled.rows:,} of {table.num_embeddings:,} rows begin as in "
-            f"{table.config.path}{unknown}"
+            f"table {table.table}: {filled.rows:,} of {table.num_embeddings - first_row:,} "
+            f"{'new ' if first_row else ''}rows begin as in {table.config.path}{unknown}"
         )
 
 

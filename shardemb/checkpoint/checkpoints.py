@@ -215,12 +215,19 @@ class Checkpoints:
     # --- Load
 
     def load(
-        self, trainer: Trainer, name: str | None = None, *, weights_only: bool = False
+        self,
+        trainer: Trainer,
+        name: str | None = None,
+        *,
+        weights_only: bool = False,
+        grow_tables: bool = False,
     ) -> Manifest:
         """Bring `trainer` to where the newest checkpoint, or that of a name or `best`, was taken.
 
-        `weights_only`: not the optimizers, random states and counts of steps. UserError lists how
-        the model differs from the checkpoint's, or names what is damaged.
+        `weights_only`: not the optimizers, random states and counts of steps. `grow_tables`: tables
+        may have more rows than there; new rows keep the weights that they have, with an optimizer
+        state of zero. UserError lists how the model differs from the checkpoint's, or names what is
+        damaged.
         """
         names = self.find()
         if name is None and not names:
@@ -228,12 +235,24 @@ class Checkpoints:
         name = self._name_of_best() if name == BEST else name or names[-1]
         with self._offering_another(name):
             manifest = read_checkpoint(self.store, name)
-            check_matches(manifest, trainer, self.store.path(name), weights_only=weights_only)
+            check_matches(
+                manifest,
+                trainer,
+                self.store.path(name),
+                weights_only=weights_only,
+                grow_tables=grow_tables,
+            )
+            rows = {spec.name: spec.num_embeddings for spec in trainer.model.table_specs}
+            has_grown = any(rows[n] != table.num_embeddings for n, table in manifest.tables.items())
             with opened(self.store, manifest) as files:
                 saved = SavedTables(manifest.pieces)
                 for piece in table_pieces(trainer.model, trainer.optimizer):
-                    if piece.state == WEIGHT or not weights_only:
-                        saved.fill(piece, files)
+                    if piece.state != WEIGHT and weights_only:
+                        continue
+                    old = piece.before(manifest.tables[piece.table].num_embeddings)
+                    saved.fill(old, files)
+                    if piece.state != WEIGHT:
+                        piece.tensor[old.rows :].zero_()
                 tensors = {
                     key: files[entry.file].tensor(entry, key)
                     for key, entry in manifest.tensors.items()
@@ -246,11 +265,12 @@ class Checkpoints:
                 steps = trainer.freezing.trained_steps(manifest.step)
                 set_table_steps(trainer.model, trainer.optimizer, steps)
                 trainer.step, trainer.samples = manifest.step, manifest.samples
-                if trainer.best and manifest.best:
+                if trainer.best and manifest.best and not has_grown:
                     trainer.best.resume(manifest.best)
         if name in names:  # the next save drops those after it: another past than this one's
             self.names = names[: names.index(name) + 1]
-            self.best = self.best if self.best in self.names else None
+            # Which step is the best of a smaller model says nothing of this one.
+            self.best = self.best if self.best in self.names and not has_grown else None
         return manifest
 
     def _name_of_best(self) -> str:

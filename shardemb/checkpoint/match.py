@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from shardemb.trainer import Trainer
 
 
-def check_matches(manifest: Manifest, trainer: Trainer, path: str, *, weights_only: bool) -> None:
-    """UserError lists what the model of `trainer` has otherwise than the checkpoint at `path`."""
+def check_matches(
+    manifest: Manifest, trainer: Trainer, path: str, *, weights_only: bool, grow_tables: bool
+) -> None:
+    """UserError lists what the model of `trainer` has otherwise than the checkpoint at `path`;
+    with `grow_tables` its tables may have more rows."""
+    specs = {spec.name: spec for spec in trainer.model.table_specs}
     lines = [
-        *_tables(manifest, {spec.name: spec for spec in trainer.model.table_specs}, weights_only),
+        *_tables(manifest, specs, weights_only, grow_tables),
         *_dense(manifest, trainer),
     ]
     here = trainer.dense_optimizer.name
@@ -29,7 +33,9 @@ def check_matches(manifest: Manifest, trainer: Trainer, path: str, *, weights_on
         raise UserError(f"the checkpoint {path} is not of this model:\n{listed}")
 
 
-def _tables(manifest: Manifest, here: dict[str, TableSpec], weights_only: bool) -> list[str]:
+def _tables(
+    manifest: Manifest, here: dict[str, TableSpec], weights_only: bool, grow_tables: bool
+) -> list[str]:
     lines = [
         f"table {name}: not in the checkpoint" for name in here.keys() - manifest.tables.keys()
     ]
@@ -39,8 +45,16 @@ def _tables(manifest: Manifest, here: dict[str, TableSpec], weights_only: bool) 
     ]
     for name in here.keys() & manifest.tables.keys():
         saved, spec = manifest.tables[name], here[name]
-        if (saved.num_embeddings, saved.embedding_dim) != (spec.num_embeddings, spec.embedding_dim):
-            lines.append(f"table {name}: {_shape(saved)} in the checkpoint, {_shape(spec)} here")
+        fits, remedy = saved.num_embeddings == spec.num_embeddings, ""
+        if saved.num_embeddings < spec.num_embeddings:
+            fits, remedy = grow_tables, "; to add rows say checkpoint.grow_tables: true"
+        elif not fits:
+            remedy = f"; no row is dropped: raise tables.{name}.num_embeddings"
+        if saved.embedding_dim != spec.embedding_dim:
+            fits, remedy = False, ""
+        if not fits:
+            shapes = f"{_shape(saved)} in the checkpoint, {_shape(spec)} here"
+            lines.append(f"table {name}: {shapes}{remedy}")
         if saved.optimizer != spec.optimizer and not weights_only:
             lines.append(
                 f"table {name}: trained with {saved.optimizer}, and with {spec.optimizer} here "

@@ -36,3 +36,8 @@ class Piece:
         return replace(
             self, row=self.row + first, rows=last - first, tensor=self.tensor[first:last]
         )
+
+    def before(self, row: int) -> Piece:
+        """The part of it that is rows before `row`."""
+        rows = min(max(row - self.row, 0), self.rows)
+        return replace(self, rows=rows, tensor=self.tensor[:rows])
