@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,13 @@ Sources = Annotated[
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="folder to create")]
 TestRows = Annotated[int, typer.Option(help="rows at the end that go to test/", min=0)]
 Processes = Annotated[int, typer.Option(help="the result is the same for any number", min=1)]
+Extend = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="an earlier data set: its vocabularies' ids stay, new values get those after them",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier data set")]
 
 
@@ -45,6 +53,7 @@ def criteo(
         int | None,
         typer.Option(help="replace categoricals by frequency rank; rarer ones share a row", min=1),
     ] = None,
+    extend: Extend = None,
     row_group_rows: RowGroupRows = None,
     processes: Processes = 1,
     overwrite: Overwrite = False,
@@ -61,7 +70,7 @@ def criteo(
         vocabulary=None if min_count is None else VocabularySchema(min_count=min_count),
         row_group_rows=row_group_rows,
     )
-    _convert(conversion, out, processes, overwrite, as_json)
+    _convert(replace(conversion, extends=extend), out, processes, overwrite, as_json)
 
 
 def _add_generic(kind: str, what: str) -> None:
@@ -77,6 +86,7 @@ def _add_generic(kind: str, what: str) -> None:
         test_source: Annotated[
             list[str] | None, typer.Option(metavar="FILE", help="all of it goes to test/")
         ] = None,
+        extend: Extend = None,
         row_group_rows: RowGroupRows = None,
         processes: Processes = 1,
         overwrite: Overwrite = False,
@@ -94,7 +104,7 @@ def _add_generic(kind: str, what: str) -> None:
             test_sources=test_source or (),
             row_group_rows=row_group_rows,
         )
-        _convert(conversion, out, processes, overwrite, as_json)
+        _convert(replace(conversion, extends=extend), out, processes, overwrite, as_json)
 
 
 _add_generic("csv", "Comma-separated values")

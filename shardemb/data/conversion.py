@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from planner.errors import UserError
+from planner.errors import RequestError, UserError
 from shardemb.data.convert_schema import VocabularySchema
 from shardemb.data.dataset import (
     COMPRESSION,
@@ -25,6 +25,7 @@ from shardemb.data.dataset import (
     VocabularyInfo,
     default_row_group_rows,
     part_file,
+    read_info,
     rows_of_part,
     write_info,
 )
@@ -76,6 +77,7 @@ class Conversion:
     sparse: tuple[str, ...]
     test: TestRows = field(default_factory=TestRows)
     vocabularies: Mapping[str, VocabularySchema] = field(default_factory=dict)
+    extends: Path | None = None  # a data set whose vocabularies' ids stay as they are
     row_group_rows: int | None = None
 
 
@@ -96,7 +98,8 @@ def convert(
     if conversion.row_group_rows is not None:
         rows_of_part(conversion.row_group_rows)
     sources = _open_sources(conversion)
-    request = f"{conversion}\n{sources}\npyarrow {pa.__version__}\n"
+    earlier = _earlier_vocabularies(conversion)
+    request = f"{conversion}\n{sources}\n{earlier}\npyarrow {pa.__version__}\n"
     with (
         resumable_dataset(out, request, overwrite=overwrite) as workspace,
         Workers(processes) as workers,
@@ -125,6 +128,30 @@ def _open_sources(conversion: Conversion) -> list[Source]:
             raise UserError(f"{path}, line {error.line}{error.problem}") from error
         sources.append(source)
     return sources
+
+
+def _earlier_vocabularies(conversion: Conversion) -> list[tuple[Path, int]]:
+    """The files that are extended, and when they were written; UserError where one cannot be."""
+    if conversion.extends is None:
+        return []
+    if not conversion.vocabularies:
+        raise RequestError("--extend: no feature has a vocabulary; declare one, or leave it out")
+    info, files = read_info(conversion.extends), []
+    for feature, schema in conversion.vocabularies.items():
+        found = info.vocabularies.get(feature) if info else None
+        if found is None:
+            raise UserError(
+                f"--extend: {conversion.extends} has no vocabulary of {feature}: name a data set "
+                "that was converted with one"
+            )
+        if found.oov_rows != schema.oov_rows:
+            raise UserError(
+                f"--extend: {feature} has oov_rows: {found.oov_rows} in {conversion.extends}, and "
+                f"{schema.oov_rows} here; rows stay where they are, so it must be the same"
+            )
+        path = vocabulary_file(conversion.extends, feature)
+        files.append((path, path.stat().st_mtime_ns))
+    return files
 
 
 # ------------------------------------------------------------------ reading
@@ -217,18 +244,26 @@ def _make_vocabularies(
     report: OnProgress,
 ) -> None:
     """Count each feature's values over all training rows: one feature is one piece of work."""
-    count = partial(_make_vocabulary, conversion.vocabularies, train, workspace.dataset)
+    count = partial(_make_vocabulary, conversion, train, workspace.dataset)
     for done, _ in enumerate(workers.map(count, conversion.vocabularies), start=1):
         report("counting values of features", done)
 
 
-def _make_vocabulary(
-    schemas: Mapping[str, VocabularySchema], train: SplitRows, dataset: Path, feature: str
-) -> None:
-    path = vocabulary_file(dataset, feature)
-    if finished_rows(path) is None:
-        columns = (train.split.read(staged, [feature])[feature] for staged in train.staged)
-        write_vocabulary(path, count_values(columns), schemas[feature])
+def _make_vocabulary(conversion: Conversion, train: SplitRows, dataset: Path, feature: str) -> None:
+    path, schema = vocabulary_file(dataset, feature), conversion.vocabularies[feature]
+    if finished_rows(path) is not None:
+        return
+    columns = (train.split.read(staged, [feature])[feature] for staged in train.staged)
+    counts, earlier = count_values(columns), None
+    if conversion.extends:
+        before = vocabulary_file(conversion.extends, feature)
+        earlier = read_vocabulary(before, schema).values
+        if earlier.type != counts["value"].type:
+            raise UserError(
+                f"--extend: {before} has values of {earlier.type}, feature {feature} of "
+                f"{counts['value'].type}; declare the same kind"
+            )
+    write_vocabulary(path, counts, schema, earlier)
 
 
 # ------------------------------------------------------------------ writing
@@ -300,7 +335,7 @@ def _encode(table: pa.Table, vocabularies: Mapping[str, Vocabulary]) -> pa.Table
 def _info(conversion: Conversion, splits: Sequence[SplitRows], dataset: Path) -> DatasetInfo:
     vocabularies = {
         feature: VocabularyInfo(
-            size=pq.read_metadata(vocabulary_file(dataset, feature)).num_rows,
+            size=read_vocabulary(vocabulary_file(dataset, feature), schema).size,
             oov_rows=schema.oov_rows,
         )
         for feature, schema in conversion.vocabularies.items()

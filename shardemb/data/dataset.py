@@ -37,7 +37,8 @@ class BestReachable(BaseModel):
 
 
 class VocabularyInfo(BaseModel):
-    """Ids 0 to `size` - 1 are known values; the `oov_rows` after them share all others."""
+    """`size` values have ids of their own; all others share the `oov_rows` ids after these or, in a
+    vocabulary that was extended, after the values that it had at first."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

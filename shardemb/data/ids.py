@@ -79,7 +79,14 @@ def check_vocabularies(schema: BatchSchema) -> None:
     for feature in schema.features:
         if feature.vocabulary is None:
             continue
-        needed = load_vocabulary(feature.vocabulary).size + feature.oov_rows
+        vocabulary = load_vocabulary(feature.vocabulary)
+        if len(vocabulary.nulls) not in (0, feature.oov_rows):
+            raise UserError(
+                f"data.features.{feature.name}.oov_rows: {feature.oov_rows}, but the vocabulary "
+                f"{feature.vocabulary} has {len(vocabulary.nulls)} nulls, its rows for all other "
+                "values; set oov_rows to their number, or remove them"
+            )
+        needed = vocabulary.size + feature.oov_rows
         if needed > feature.num_embeddings:
             raise UserError(
                 f"data.features.{feature.name}.vocabulary: {feature.vocabulary} and "
@@ -89,24 +96,27 @@ def check_vocabularies(schema: BatchSchema) -> None:
 
 
 def _ranked(codes: Ints, feature: FeatureSchema) -> Ints:
-    """The rank of known values; others are hashed to the rows after all ranks."""
+    """The rank of known values; others are hashed to the vocabulary's rows for them."""
     assert feature.vocabulary is not None
     vocabulary = load_vocabulary(feature.vocabulary)
     rows = vocabulary.ranks(codes)
     unknown = np.flatnonzero(rows < 0)
     hashed = hash_ids(codes[unknown], feature.oov_rows, seed=feature.hash_seed)
-    rows[unknown] = vocabulary.size + hashed
+    rows[unknown] = vocabulary.oov_rows(feature.oov_rows)[hashed]
     return rows
 
 
 class Vocabulary:
     """Distinct values and their ranks in a hash table with linear probing, a third full at most.
 
-    Vectorized: all values take their next probe together.
+    The ranks `nulls` are no value's: they are rows that all other values share. Vectorized: all
+    values take their next probe together.
     """
 
-    def __init__(self, codes: Ints, *, is_text: bool) -> None:
+    def __init__(self, codes: Ints, *, is_text: bool, nulls: Ints | None = None) -> None:
         self.size, self.is_text = len(codes), is_text
+        self.nulls = np.empty(0, np.int64) if nulls is None else nulls
+        own = np.delete(np.arange(self.size + len(self.nulls)), self.nulls)
         self._mask = np.uint64((1 << max(2, 3 * self.size).bit_length()) - 1)
         self._codes = np.zeros(int(self._mask) + 1, np.int64)
         self._ranks = np.full(int(self._mask) + 1, -1, np.int64)
@@ -116,7 +126,7 @@ class Vocabulary:
             taken, first = np.unique(slots[free], return_index=True)
             settled = free[first]
             self._codes[taken] = codes[pending[settled]]
-            self._ranks[taken] = pending[settled]
+            self._ranks[taken] = own[pending[settled]]
             pending, slots = np.delete(pending, settled), np.delete(slots, settled)
             slots = self._next(slots)
 
@@ -132,6 +142,10 @@ class Vocabulary:
             pending, slots = pending[goes_on], self._next(slots[goes_on])
         return found
 
+    def oov_rows(self, count: int) -> Ints:
+        """Rows of all other values, of which there are `count`."""
+        return self.nulls if len(self.nulls) else np.arange(self.size, self.size + count)
+
     def _first_slots(self, codes: Ints) -> Ints:
         return (mix64(codes) & self._mask).view(np.int64)
 
@@ -143,15 +157,15 @@ class Vocabulary:
 def load_vocabulary(path: str) -> Vocabulary:
     """From the column `value` of a Parquet file, or from a text file with a value a line."""
     values = _read_values(path)
+    nulls = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))
+    values = values.drop_null()
     codes = strings_to_ids(values) if is_text(values.type) else values.cast(pa.int64())
-    if codes.null_count:
-        raise UserError(f"the vocabulary {path} has a null among its values; remove it")
     counts = pc.value_counts(codes)
     most = pc.index(counts.field("counts"), pc.max(counts.field("counts"))).as_py()
     if len(counts) < len(codes):
         place = pc.index(codes, counts.field("values")[most]).as_py()
         raise UserError(f"the vocabulary {path} has the value {values[place]} twice; remove one")
-    return Vocabulary(codes.to_numpy(), is_text=is_text(values.type))
+    return Vocabulary(codes.to_numpy(), is_text=is_text(values.type), nulls=nulls)
 
 
 def _read_values(path: str) -> pa.Array:

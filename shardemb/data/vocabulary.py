@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,27 +23,34 @@ _MERGE_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`values[i]` has id i; all others are hashed into `oov_rows` ids after these."""
+    """`values[i]` has id i; all others are hashed into the ids of nulls, of which there are
+    `oov_rows`, or without nulls into so many ids after these."""
 
     values: pa.Array
     oov_rows: int
 
     @property
+    def size(self) -> int:
+        return len(self.values) - self.values.null_count
+
+    @property
     def num_embeddings(self) -> int:
-        return len(self.values) + self.oov_rows
+        return self.size + self.oov_rows
 
     def encode(self, values: pa.Array) -> pa.Array:
         """The ids of `values`, or of those in lists; nulls stay nulls."""
         return map_values(values, self._ids)
 
     def _ids(self, values: pa.Array) -> pa.Array:
-        ids = pc.index_in(values, value_set=self.values).cast(pa.int64())
+        ids = pc.index_in(values, value_set=self.values, skip_nulls=True).cast(pa.int64())
         is_unknown = pc.and_(pc.is_null(ids), pc.is_valid(values))
         return pc.replace_with_mask(ids, is_unknown, self._hashed(values.filter(is_unknown)))
 
     def _hashed(self, unknown: pa.Array) -> pa.Array:
         codes = strings_to_ids(unknown) if pa.types.is_string(unknown.type) else unknown
-        return pa.array(hash_ids(codes.to_numpy(), self.oov_rows) + len(self.values), pa.int64())
+        nulls = np.flatnonzero(self.values.is_null().to_numpy(zero_copy_only=False))
+        places = nulls if len(nulls) else np.arange(self.size, self.num_embeddings)
+        return pa.array(places[hash_ids(codes.to_numpy(), self.oov_rows)], pa.int64())
 
 
 def vocabulary_file(dataset: Path, feature: str) -> Path:
@@ -85,12 +93,35 @@ def _merge(counts: list[pa.Table]) -> pa.Table:
     return pa.table({"value": grouped["value"], "count": grouped["count_sum"]})
 
 
-def write_vocabulary(path: Path, counts: pa.Table, schema: VocabularySchema) -> None:
-    """Keep the frequent values, most frequent first; of equally frequent ones the smaller first."""
+def write_vocabulary(
+    path: Path, counts: pa.Table, schema: VocabularySchema, earlier: pa.Array | None = None
+) -> None:
+    """Keep the frequent values, most frequent first; of equally frequent ones the smaller first.
+
+    They come after the values of an `earlier` vocabulary, whose ids all stay: those of its
+    `oov_rows` too, where nulls keep their place.
+    """
     kept = counts.filter(pc.greater_equal(counts["count"], schema.min_count))
     ranked = kept.sort_by([("count", "descending"), ("value", "ascending")])
+    if earlier is None:
+        ranked = ranked.slice(0, schema.max_size)
+    else:
+        is_new = pc.invert(pc.is_in(ranked["value"], value_set=earlier))
+        size = len(earlier) - earlier.null_count
+        room = None if schema.max_size is None else max(0, schema.max_size - size)
+        held = _counted(earlier, schema.oov_rows, counts)
+        ranked = pa.concat_tables([held, ranked.filter(is_new).slice(0, room)])
     path.parent.mkdir(exist_ok=True)
-    pq.write_table(ranked.slice(0, schema.max_size), path, compression=COMPRESSION)
+    pq.write_table(ranked, path, compression=COMPRESSION)
+
+
+def _counted(earlier: pa.Array, oov_rows: int, counts: pa.Table) -> pa.Table:
+    """The earlier values and nulls for their `oov_rows`, with the counts of today."""
+    if not earlier.null_count:
+        earlier = pa.concat_arrays([earlier, pa.nulls(oov_rows, earlier.type)])
+    places = pc.index_in(earlier, value_set=counts["value"].combine_chunks(), skip_nulls=True)
+    found = pc.fill_null(pc.take(counts["count"], places), 0)
+    return pa.table({"value": earlier, "count": found})
 
 
 def read_vocabulary(path: Path, schema: VocabularySchema) -> Vocabulary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,21 @@ def test_a_null_has_its_row_in_a_vocabulary_too(tmp_path: Path) -> None:
     assert _bags(tmp_path, values, feature) == [[1], [9], [2], [0]]
 
 
+def test_nulls_are_the_rows_of_all_other_values(tmp_path: Path) -> None:
+    """Which is how a vocabulary grows without a row that moves: what was unknown before and still
+    is has the same row as before."""
+    feature = _feature(ids="vocabulary", vocabulary=str(tmp_path / "v.parquet"), oov_rows=3)
+    unknown = [f"x{i}" for i in range(100)]
+    values = pa.array([["a", "b", "c", "d"], unknown])
+    pq.write_table(pa.table({"value": ["a", "b"]}), tmp_path / "v.parquet")
+    before = _bags(tmp_path, values, feature)
+    assert before[0][:2] == [0, 1] and set(before[0][2:]) <= {2, 3, 4} == set(before[1])
+    grown = tmp_path / "grown.parquet"
+    pq.write_table(pa.table({"value": ["a", "b", None, None, None, "c", "d"]}), grown)
+    feature = replace(feature, vocabulary=str(grown))
+    assert _bags(tmp_path, values, feature) == [[0, 1, 5, 6], before[1]]
+
+
 def test_several_hashes(tmp_path: Path) -> None:
     """Each id is in the rows of each seed, side by side; its weight is with all of them."""
     values = pa.array([[5, 6], [7], [], [5, None]])
@@ -111,7 +127,10 @@ def test_seeds_are_different_hashes() -> None:
     ("content", "message"),
     [
         ("a\nb\na\n", "has the value a twice"),
-        (pa.table({"value": [1, None]}), "has a null"),
+        (
+            pa.table({"value": ["a", None, None]}),
+            "data.features.f.oov_rows: 1, but the vocabulary .* has 2 nulls",
+        ),
         (pa.table({"value": [1.5]}), "has values of double"),
         (pa.table({"word": ["a"]}), "cannot read the vocabulary .* a column `value`"),
         (None, "cannot read the vocabulary"),

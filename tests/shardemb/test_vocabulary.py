@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from planner import UserError
 from shardemb.data import vocabulary
 from shardemb.data.conversion import convert
 from shardemb.data.convert_schema import ConvertSchema, VocabularySchema
@@ -162,3 +164,90 @@ def test_no_vocabularies_no_folder(tmp_path: Path):
     """Values are kept where none is declared."""
     info = _convert_text(tmp_path, "label,c\n1,5\n", {"c": {}})
     assert info.vocabularies == {} and not (tmp_path / "out" / "vocabularies").exists()
+
+
+# --- Vocabularies that are extended
+
+
+def _days(folder: Path, days: dict[str, str], **vocabulary: int) -> dict[str, DatasetInfo]:
+    """A data set a day, each of which extends the one before."""
+    infos, before = {}, None
+    for day, text in days.items():
+        source = folder / f"{day}.csv"
+        source.write_text(text)
+        sparse = {"c": {"kind": "string", "vocabulary": vocabulary}}
+        schema = ConvertSchema.model_validate({"sparse": sparse})
+        conversion = replace(generic_conversion("csv", [source], schema), extends=before)
+        before = folder / day
+        infos[day] = convert(conversion, before)
+    return infos
+
+
+def _text(values: str) -> str:
+    return "label,c\n" + "".join(f"1,{value}\n" for value in values)
+
+
+def _values(folder: Path) -> list[str | None]:
+    values: list[str | None] = pq.read_table(folder / "vocabularies" / "c.parquet")["value"]
+    return values.to_pylist()  # type: ignore[attr-defined]
+
+
+def test_ids_of_earlier_values_stay(tmp_path: Path):
+    """New ones come after by frequency, from day to day; the rows of unknown values stay too, and
+    an unknown value keeps its row until it is known. Values of today are counted, all others have
+    no count."""
+    infos = _days(
+        tmp_path,
+        {"a": _text("yyyyxxxz"), "b": _text("wwwwyvvvxuuz"), "c": _text("ttttuuq")},
+        min_count=2,
+        oov_rows=2,
+    )
+    assert _values(tmp_path / "a") == ["y", "x"]
+    assert _values(tmp_path / "b") == ["y", "x", None, None, "w", "v", "u"]
+    assert _values(tmp_path / "c") == ["y", "x", None, None, "w", "v", "u", "t"]
+    counts = pq.read_table(tmp_path / "b" / "vocabularies" / "c.parquet")["count"].to_pylist()
+    assert counts == [1, 1, 0, 0, 4, 3, 2]
+    sizes = {day: info.vocabularies["c"].size for day, info in infos.items()}
+    assert sizes == {"a": 2, "b": 5, "c": 6}
+    assert {day: info.num_embeddings["c"] for day, info in infos.items()} == {
+        "a": 4,
+        "b": 7,
+        "c": 8,
+    }
+    ids = {
+        day: pq.read_table(split_files(tmp_path / day, "train")[0])["c"].to_pylist()
+        for day in "abc"
+    }
+    assert ids["a"][:7] == [0] * 4 + [1] * 3 and ids["a"][7] in (2, 3)
+    assert ids["b"] == [4] * 4 + [0] + [5] * 3 + [1, 6, 6, ids["a"][7]]
+    assert ids["c"][:6] == [7] * 4 + [6, 6] and ids["c"][6] in (2, 3)
+
+
+def test_a_limit_is_of_all_values(tmp_path: Path):
+    """Earlier ones stay, whatever it is; new ones have the room that is left."""
+    _days(tmp_path, {"a": _text("yyx"), "b": _text("wwwvvu")}, max_size=3)
+    assert _values(tmp_path / "b") == ["y", "x", None, "w"]
+
+
+@pytest.mark.parametrize(
+    ("sparse", "message"),
+    [
+        ({"d": {"vocabulary": {}}}, "has no vocabulary of d: name a data set"),
+        (
+            {"c": {"kind": "string", "vocabulary": {"oov_rows": 2}}},
+            "c has oov_rows: 1 in .* 2 here",
+        ),
+        ({"c": {"vocabulary": {}}}, "has values of string, feature c of int64; declare the same"),
+        ({"c": {"kind": "string"}}, "--extend: no feature has a vocabulary"),
+    ],
+)
+def test_what_cannot_be_extended(tmp_path: Path, sparse: dict[str, Any], message: str):
+    """Told before anything is written."""
+    _days(tmp_path, {"a": _text("xy")})
+    source = tmp_path / "b.csv"
+    source.write_text("label,c,d\n1,1,1\n")
+    schema = ConvertSchema.model_validate({"sparse": sparse})
+    conversion = replace(generic_conversion("csv", [source], schema), extends=tmp_path / "a")
+    with pytest.raises(UserError, match=message):
+        convert(conversion, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
