@@ -1,4 +1,5 @@
-"""`shardemb checkpoint`: what is in a checkpoint, whether it is whole, its values elsewhere."""
+"""`shardemb checkpoint`: what is in a checkpoint, whether it is whole, its values to and from
+elsewhere."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
-from launch.data import Json
+from launch.data import ConfigPath, Json, Overrides
 from planner import RequestError
 from planner.cli import stdout
 
 if TYPE_CHECKING:
     from shardemb.checkpoint.contents import Found
 
-checkpoint_app = typer.Typer(no_args_is_help=True, help="Look into checkpoints.")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Look into checkpoints; export and import.")
 
 CheckpointPath = Annotated[
     str,
@@ -85,6 +86,32 @@ def export(
         print(json.dumps({"files": [str(file) for file in written]}))
     else:
         print("\n".join(str(file) for file in written))
+
+
+@checkpoint_app.command("import")
+def import_(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    tables: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="of TABLE.parquet or .safetensors, as export writes"),
+    ] = None,
+    state_dict: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="of the unsharded model: .safetensors, or torch.save's"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Weights from elsewhere as a checkpoint that CONFIG's run begins with."""
+    from shardemb.checkpoint.contents import describe
+    from shardemb.checkpoint.import_weights import import_weights
+    from shardemb.config import load_config
+
+    found = import_weights(load_config(config_path, overrides or ()), tables, state_dict)
+    if as_json:
+        print(json.dumps(describe(found)))
+    else:
+        print(f"{found.path}: begin a run with it by checkpoint.resume=latest")
 
 
 def _find(path: str) -> Found:

@@ -134,6 +134,8 @@ def _resume(
         None if wanted == "latest" else wanted,
         grow_tables=config.checkpoint.grow_tables,
     )
+    if manifest.weights_only:
+        return manifest
     if manifest.loader is None:
         raise UserError(
             f"the checkpoint of step {manifest.step} in {config.checkpoint_dir} was saved without "

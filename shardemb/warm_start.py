@@ -58,32 +58,35 @@ def fill_pretrained(model: ShardedModel, table: Pretrained, first_row: int = 0) 
         for piece in weight_pieces(model)
         if piece.table == table.table and piece.rows and piece.row + piece.rows > first_row
     ]
-    found: list[Filled | UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, _fill(pieces, table, first_row) if pieces else None)
+    own: Filled | UserError | None = None
+    try:
+        own = fill_pieces(pieces, table, first_row) if pieces else None
+    except UserError as error:
+        own = error
+    found = [own] * dist.get_world_size()
+    dist.all_gather_object(found, own)
     for each in found:
         if isinstance(each, UserError):
             raise each
     return next(each for each in found if isinstance(each, Filled))
 
 
-def _fill(pieces: list[Piece], table: Pretrained, first_row: int) -> Filled | UserError:
-    """All keys are read, and the vectors that come with keys of rows of these pieces."""
+def fill_pieces(pieces: list[Piece], table: Pretrained, first_row: int = 0) -> Filled:
+    """Of the weights of a table. All keys are read, and the vectors that come with keys of rows of
+    these pieces."""
     low = max(first_row, min(piece.row for piece in pieces))
     high = max(piece.row + piece.rows for piece in pieces)
     is_set = np.zeros(high - low, bool)
     rows = unknown = 0
-    try:
-        with table.told():
-            for block in table.read(lambda rows: bool(((rows >= low) & (rows < high)).any())):
-                rows += int((block.rows >= first_row).sum())
-                unknown += int((block.rows < 0).sum())
-                if block.vectors is not None:
-                    own = np.flatnonzero((block.rows >= low) & (block.rows < high))
-                    _check(block, own, is_set[block.rows[own] - low])
-                    is_set[block.rows[own] - low] = True
-                    _copy(block, own, pieces)
-    except UserError as error:
-        return error
+    with table.told():
+        for block in table.read(lambda rows: bool(((rows >= low) & (rows < high)).any())):
+            rows += int((block.rows >= first_row).sum())
+            unknown += int((block.rows < 0).sum())
+            if block.vectors is not None:
+                own = np.flatnonzero((block.rows >= low) & (block.rows < high))
+                _check(block, own, is_set[block.rows[own] - low])
+                is_set[block.rows[own] - low] = True
+                _copy(block, own, pieces)
     return Filled(rows, unknown)
 
 

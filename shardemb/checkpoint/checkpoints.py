@@ -235,6 +235,7 @@ class Checkpoints:
         name = self._name_of_best() if name == BEST else name or names[-1]
         with self._offering_another(name):
             manifest = read_checkpoint(self.store, name)
+            weights_only |= manifest.weights_only
             check_matches(
                 manifest,
                 trainer,

@@ -68,6 +68,7 @@ class Manifest(_Entry):
     tables: dict[str, TableEntry]
     dense_optimizer: str  # of all other parameters
     best: dict[str, Any] | None = None  # BestStep.state, of runs that are evaluated as they train
+    weights_only: bool = False  # imported: a run begins with it
     pieces: list[PieceEntry]
     tensors: dict[str, TensorEntry]  # all else: model/..., optimizer/..., random/RANK/...
     files: dict[str, FileEntry]
@@ -75,7 +76,7 @@ class Manifest(_Entry):
     def to_bytes(self) -> bytes:
         """With its own checksum in the last line."""
         # Without what most runs have not, an older shardemb reads it too.
-        unused = {"best"} if self.best is None else None
+        unused = {name for name in ("best", "weights_only") if not getattr(self, name)}
         text = self.model_dump_json(indent=1, exclude=unused).encode() + b"\n"
         return text + f"{zlib.crc32(text):08x}\n".encode()
 

@@ -33,6 +33,7 @@ class Pretrained:
     embedding_dim: int
     config: PretrainedConfig
     vocabulary: str | None = None  # a file: its values' rows are those of the keys
+    option: str | None = None  # where the user named the file, if not in tables.NAME.pretrained
 
     def check(self) -> None:
         """UserError for all that can be told without reading the vectors."""
@@ -42,16 +43,21 @@ class Pretrained:
                 raise UserError(
                     f"{file.path} has vectors of {file.dim}, the table has embedding_dim {dim}"
                 )
-            if file.rows is not None and self.vocabulary:
+            if self.vocabulary and not file.has_keys:
                 raise UserError(
                     f"keys: vocabulary, but {file.path} has no keys; write them beside the "
                     "vectors, to a Parquet or a text file"
                 )
-            if file.rows is not None and file.rows > self.num_embeddings:
+            if not file.has_keys and (file.rows or 0) > self.num_embeddings:
                 raise UserError(
                     f"{file.path} has {file.rows} rows, the table {self.num_embeddings}; raise "
                     f"tables.{self.table}.num_embeddings"
                 )
+
+    def shape(self) -> tuple[int | None, int]:
+        """How many vectors the file has, where it says so beforehand, and of how many columns."""
+        with self.told():
+            return self._file.rows, self._file.dim
 
     def read(self, any_of: Callable[[Ints], bool]) -> Iterator[Block]:
         """The whole file, some vectors at a time, of rows of the table or of -1 where the key is
@@ -65,11 +71,14 @@ class Pretrained:
             yield
         except OSError as error:
             raise UserError(
-                f"tables.{self.table}.pretrained: cannot read {self.config.path} "
-                f"({first_line(error)})"
+                f"{self._named}: cannot read {self.config.path} ({first_line(error)})"
             ) from error
         except UserError as error:
-            raise type(error)(f"tables.{self.table}.pretrained: {error}") from error
+            raise type(error)(f"{self._named}: {error}") from error
+
+    @property
+    def _named(self) -> str:
+        return self.option or f"tables.{self.table}.pretrained"
 
     @cached_property
     def _file(self) -> VectorFile:

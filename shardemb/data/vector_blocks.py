@@ -36,7 +36,10 @@ class Wanted:
 
 
 class VectorFile(Protocol):
-    """`dim` columns a vector; `rows` vectors, where the file has no keys but its order."""
+    """`dim` columns a vector, and `rows` vectors, where that is known before all are read. Without
+    keys (`has_keys`) their order says of which rows they are."""
+
+    has_keys: bool
 
     @property
     def path(self) -> str: ...

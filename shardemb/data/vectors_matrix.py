@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ class Matrix:
     dtype: str  # NumPy's; bfloat16 it has not
     rows: int
     dim: int
+    has_keys = False
 
     def blocks(self, wanted: Wanted) -> Iterator[Block]:
         size = max(1, BLOCK_BYTES // (4 * self.dim))
@@ -73,16 +74,22 @@ def npy_matrix(path: str) -> Matrix:
 _SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}
 
 
+def safetensors_header(file: IO[bytes], path: str) -> tuple[dict[str, Any], int]:
+    """`dtype`, `shape` and `data_offsets` of each tensor, and where the data begin that these
+    count from: https://huggingface.co/docs/safetensors."""
+    size = int.from_bytes(file.read(8), "little")
+    try:
+        if size > 100 << 20:
+            raise ValueError(f"a header of {size} bytes")
+        header = {k: v for k, v in json.loads(file.read(size)).items() if k != "__metadata__"}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no safetensors file ({first_line(error)})") from error
+    return header, 8 + size
+
+
 def safetensors_matrix(path: str, name: str | None) -> Matrix:
-    """Its header says where tensors are: https://huggingface.co/docs/safetensors."""
     with open_file(path) as file:
-        size = int.from_bytes(file.read(8), "little")
-        try:
-            if size > 100 << 20:
-                raise ValueError(f"a header of {size} bytes")
-            header = {k: v for k, v in json.loads(file.read(size)).items() if k != "__metadata__"}
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path} is no safetensors file ({first_line(error)})") from error
+        header, begin = safetensors_header(file, path)
     fit = [n for n, v in header.items() if v["dtype"] in _SAFETENSORS and len(v["shape"]) == 2]
     if name is None:
         if len(fit) != 1:
@@ -93,5 +100,5 @@ def safetensors_matrix(path: str, name: str | None) -> Matrix:
         raise UserError(f"vectors: {path} has no matrix {name}{nearest(name, fit)}")
     found = header[name]
     rows, dim = found["shape"]
-    start = 8 + size + found["data_offsets"][0]
+    start = begin + found["data_offsets"][0]
     return Matrix(path, start, _SAFETENSORS[found["dtype"]], rows, dim)

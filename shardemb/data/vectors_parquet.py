@@ -19,7 +19,7 @@ from shardemb.data.vector_blocks import BLOCK_BYTES, Block, Vectors, Wanted, row
 class ParquetVectors:
     """A file, or all of a folder, with a column of keys and one of lists of numbers."""
 
-    rows = None
+    has_keys = True
 
     def __init__(
         self, path: str, text_keys: bool, key_column: str | None, vectors: str | None
@@ -35,6 +35,14 @@ class ParquetVectors:
                 self.dim = self._dim(next(file.iter_batches(1, columns=[self._vectors]), None))
         except pa.ArrowInvalid as error:
             raise UserError(f"{self._files[0]} cannot be read ({first_line(error)})") from error
+
+    @property
+    def rows(self) -> int:
+        rows = 0
+        for path in self._files:
+            with open_parquet(path) as file:
+                rows += file.metadata.num_rows
+        return rows
 
     def _column(
         self,

@@ -19,15 +19,15 @@ class TextVectors:
     A key may have spaces in it, as some of GloVe's have: the vector is what the line ends with.
     """
 
-    rows = None
+    has_keys = True
 
     def __init__(self, path: str, dim: int) -> None:
         self.path = path
         with open_text(path) as lines:
             first = lines.readline().split()
         header = [int(word) for word in first if word.isdecimal()]
-        self._count = header[0] if len(first) == len(header) == 2 else None
-        self.dim = header[1] if self._count is not None else len(first) - 1
+        self.rows = header[0] if len(first) == len(header) == 2 else None
+        self.dim = header[1] if self.rows is not None else len(first) - 1
         if self.dim > dim and _are_numbers(first[-dim:]) and not _are_numbers(first[1:]):
             self.dim = dim  # the first key has a space in it
         if self.dim < 1:
@@ -36,16 +36,16 @@ class TextVectors:
     def blocks(self, wanted: Wanted) -> Iterator[Block]:
         line, size = 1, max(1, BLOCK_BYTES // (100 * self.dim))  # Python's strings are large
         with open_text(self.path) as lines:
-            if self._count is not None:
+            if self.rows is not None:
                 lines.readline()
                 line = 2
             begin = line
             while rows := [text.rsplit(maxsplit=self.dim) or [""] for text in islice(lines, size)]:
                 yield self._block(rows, line, wanted)
                 line += len(rows)
-        if self._count not in (None, line - begin):
+        if self.rows not in (None, line - begin):
             raise UserError(
-                f"{self.path} is not whole: its first line says {self._count} vectors, and "
+                f"{self.path} is not whole: its first line says {self.rows} vectors, and "
                 f"{line - begin} follow"
             )
 
