@@ -97,7 +97,7 @@ def open_parquet(path: str, **options: Any) -> pq.ParquetFile:
     if not is_remote(path):
         return pq.ParquetFile(path, **options)
     filesystem, inner = filesystem_of(path)
-    return pq.ParquetFile(filesystem.open_input_file(inner), pre_buffer=True, **options)
+    return pq.ParquetFile(filesystem.open_input_file(inner), **{"pre_buffer": True, **options})
 
 
 def open_file(path: str) -> IO[bytes]:

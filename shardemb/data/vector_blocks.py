@@ -14,7 +14,7 @@ Ints = NDArray[np.int64]
 Vectors = NDArray[np.float32]
 Place = Callable[[int], str]  # where a vector is, by its number in a block, for a message
 
-BLOCK_BYTES = 32 << 20  # of vectors that are in memory at once
+BLOCK_BYTES = 8 << 20  # of vectors at once; while they are decoded they take five times that
 
 
 @dataclass(frozen=True)

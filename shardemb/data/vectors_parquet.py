@@ -15,6 +15,9 @@ from shardemb.data.ids import is_text
 from shardemb.data.sources import files_below, first_line, matches_of, open_parquet
 from shardemb.data.vector_blocks import BLOCK_BYTES, Block, Vectors, Wanted, row_of_file
 
+# Which a row group is read by: it may be larger than the memory that is left beside the table.
+_BUFFERED = {"pre_buffer": False, "buffer_size": 8 << 20}
+
 
 class ParquetVectors:
     """A file, or all of a folder, with a column of keys and one of lists of numbers."""
@@ -26,7 +29,7 @@ class ParquetVectors:
     ) -> None:
         self.path, self._files = path, files_below(path, matches_of(path))
         try:
-            with open_parquet(self._files[0]) as file:
+            with open_parquet(self._files[0], **_BUFFERED) as file:
                 self._schema = file.schema_arrow
                 kind = "text" if text_keys else "integers"
                 fits = is_text if text_keys else pa.types.is_integer
@@ -79,7 +82,7 @@ class ParquetVectors:
     def blocks(self, wanted: Wanted) -> Iterator[Block]:
         for path in self._files:
             try:
-                with open_parquet(path) as file:
+                with open_parquet(path, **_BUFFERED) as file:
                     yield from self._blocks(path, file, wanted)
             except (pa.ArrowInvalid, KeyError) as error:
                 raise UserError(f"{path} cannot be read ({first_line(error)})") from error

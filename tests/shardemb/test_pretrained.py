@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ import safetensors.numpy
 
 from planner import RequestError, UserError
 from shardemb.config import RunConfig
+from shardemb.data import vectors_matrix, vectors_parquet, vectors_text
 from shardemb.data.pretrained import Pretrained, pretrained_tables
 from shardemb.pretrained_config import PretrainedConfig
 
@@ -159,3 +161,39 @@ def test_whose_vocabulary_it_is(tmp_path: Path) -> None:
     assert table.vocabulary == f"{tmp_path}/vocabularies/c.parquet"
     with pytest.raises(RequestError):
         pretrained_tables(config(tmp_path, f={"column": "c", "ids": "hash"}))
+
+
+@pytest.mark.parametrize("place", ["a folder", "memory://vectors"])
+@pytest.mark.parametrize("name", ["v.npy", "v.safetensors", "v.parquet", "v.txt"])
+def test_no_more_is_read_than_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
+) -> None:
+    """A rank with the last rows of a table has their vectors in memory, a few at a time, and no
+    others; it sees all rows. From a URL as from a file."""
+    for module in (vectors_matrix, vectors_parquet, vectors_text):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 8 * 4 * 10)
+    vectors = np.arange(100 * 8, dtype=np.float32).reshape(100, 8)
+    if name == "v.npy":
+        np.save(tmp_path / name, vectors)
+    elif name == "v.safetensors":
+        safetensors.numpy.save_file({"v": vectors}, tmp_path / name)
+    elif name == "v.parquet":
+        table = pa.table({"id": range(100), "v": vectors.tolist()})
+        pq.write_table(table, tmp_path / name, row_group_size=25)
+    else:
+        lines = [f"{i} {' '.join(map(str, row))}\n" for i, row in enumerate(vectors)]
+        (tmp_path / name).write_text("".join(lines))
+    path = str(tmp_path / name)
+    if place != "a folder":
+        path = f"{place}/{name}"
+        fsspec.filesystem("memory").pipe(path, (tmp_path / name).read_bytes())
+    table = Pretrained("t", 100, 8, PretrainedConfig(path=path))
+    table.check()
+    blocks = list(table.read(lambda rows: bool((rows >= 80).any())))
+    assert [row for block in blocks for row in block.rows.tolist()] == list(range(100))
+    read = [block for block in blocks if block.vectors is not None]
+    assert {"v.parquet": 75}.get(name, 80) == min(block.rows.min() for block in read)
+    for block in read:
+        assert block.vectors is not None
+        assert len(block.rows) <= 10
+        assert np.array_equal(block.vectors, vectors[block.rows])
