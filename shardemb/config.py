@@ -336,7 +336,8 @@ class CheckpointConfig(_Section):
     )
     start_from: str | None = Field(
         default=None,
-        description="begin a new run with another's checkpoint: its run directory, or one of them",
+        description="begin a new run with another's checkpoint, a run directory's newest or one of "
+        "them: data are read from their beginning, steps count on",
     )
     grow_tables: bool = Field(
         default=False,

@@ -14,6 +14,7 @@ import torch
 
 from planner import UserError
 from planner.geometry import SHARDING_TYPES
+from shardemb.best_step import BestStep
 from shardemb.checkpoint.checkpoints import Checkpoints
 from shardemb.checkpoint.contents import find, table_chunks
 from shardemb.checkpoint.piece import WEIGHT
@@ -151,6 +152,28 @@ def one_more_step(data: Path, folder: Path, kind: str, optimizer: str) -> None:
     assert loader is not None
     reader.resume(loader)
     trainer.train(reader, max_steps=STEPS + 1, checkpoints=checkpoints)
+
+
+def best_after_loading(folder: Path) -> list[tuple[int | None, str | None]]:
+    """The best step and checkpoint that a model of the same size knows of, and a larger one."""
+    trainer = make_trainer("row_wise")
+    trainer.best = BestStep("auc", "max")
+    trainer.step = 7
+    trainer.best.add(7, 0.9)
+    Checkpoints(folder, keep_best=True).save(trainer, trains_on=False)
+    known: list[tuple[int | None, str | None]] = []
+    for rows in (TABLES, GROWN):
+        trainer, checkpoints = make_trainer("row_wise", rows=rows), Checkpoints(folder)
+        trainer.best = BestStep("auc", "max")
+        checkpoints.load(trainer, grow_tables=True)
+        known.append((trainer.best.step, checkpoints.best))
+    return known
+
+
+def test_a_grown_model_has_no_best_step_yet(pools: dict[int, WorkerPool], tmp_path: Path) -> None:
+    """What a smaller model scored says nothing of it, and its weights could not be restored."""
+    for known in pools[2].run(best_after_loading, tmp_path):
+        assert known == [(7, "step-00000007"), (None, None)]
 
 
 def refusals(folder: Path) -> list[str]:
