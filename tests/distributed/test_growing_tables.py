@@ -23,23 +23,22 @@ from shardemb.trainer import Trainer
 from tests.distributed.pool import WorkerPool
 from tests.distributed.test_checkpoints import TABLES, make_reader, make_trainer
 
-GROWN = {"t": 77, "u": 11}
+GROWN = {"t": 120, "u": 11}  # cut by rows on two ranks, the second has none of t's 50
 STEPS = 3
 OPTIMIZERS = {"adagrad": ["sum"], "rowwise_adagrad": ["sum"], "adam": ["exp_avg", "exp_avg_sq"]}
 # Column shards of rowwise_adagrad have sums of their own, which tests of resharding are about.
 PAIRS = [
-    ("row_wise", "grid_shard", 2, 4, "adagrad"),
-    ("data_parallel", "row_wise", 2, 4, "adam"),
-    ("table_row_wise", "data_parallel", 4, 2, "rowwise_adagrad"),
+    ("data_parallel", "row_wise", 2, 1, "adam"),
+    ("table_row_wise", "data_parallel", 1, 2, "rowwise_adagrad"),
     *((kind, kind, 2, 2, "adam") for kind in SHARDING_TYPES),
-    *(("table_wise", kind, 4, 2, "adagrad") for kind in SHARDING_TYPES),
-    *(("column_wise", kind, 2, 4, "adagrad") for kind in SHARDING_TYPES),
+    *(("table_wise", kind, 1, 2, "adagrad") for kind in SHARDING_TYPES),
+    *(("column_wise", kind, 2, 1, "adagrad") for kind in SHARDING_TYPES),
 ]
 
 
 @pytest.fixture(scope="module")
 def pools() -> Iterator[dict[int, WorkerPool]]:
-    started = {world_size: WorkerPool(world_size, world_size) for world_size in (2, 4)}
+    started = {world_size: WorkerPool(world_size, world_size) for world_size in (1, 2)}
     yield started
     for each in started.values():
         each.close()
