@@ -14,8 +14,9 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, Std
 
+from launch.logs import WorkerLogs
 from launch.meeting import Meeting
 from launch.recovery import Recovery, WorkerError
 from launch.worker import (
@@ -44,11 +45,13 @@ class Agent(LocalElasticAgent):
         folder: Path,
         recovery: Recovery,
         hang_seconds: float,
+        output: Path,
     ) -> None:
-        self._folder, self._logs = folder / "reports", folder / "logs"
+        self._folder = folder / "reports"
         self._folder.mkdir()
-        hidden = {rank: Std.ALL if rank else Std.OUT for rank in range(spec.local_world_size)}
-        super().__init__(spec, DefaultLogsSpecs(log_dir=str(self._logs), redirects=hidden))
+        self._files = _LogFiles(log_dir=str(folder / "logs"), redirects=Std.ALL)
+        super().__init__(spec, self._files)
+        self.logs = WorkerLogs(self._folder, output, meeting.run_id)
         self._meeting, self._recovery, self._hang_seconds = meeting, recovery, hang_seconds
         self._next_question, self._hosts = 0.0, 0
         self._left_out: set[str] = set()  # hosts that were lost before
@@ -67,13 +70,16 @@ class Agent(LocalElasticAgent):
         if self._hosts not in (0, hosts):
             print(f"going on with {hosts} hosts", file=sys.stderr, flush=True)
         self._hosts = hosts
+        self.logs.show()
         pids: dict[int, Any] = super()._start_workers(worker_group)
+        self.logs.begin(self._files.by_rank)
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """Its own method, where one has failed, waits half a minute for the others to end: it is
         asked when all have."""
         self._pass_on_stop(worker_group)
+        self.logs.show()
         failures = self._failures(worker_group)
         if failures or self._is_cut_off():
             failures = self._wait_for_cause(worker_group, failures)
@@ -102,14 +108,14 @@ class Agent(LocalElasticAgent):
         found = []
         for worker in worker_group.workers:
             report = failure_file(self._folder, worker.local_rank)
-            log = self._log(worker.local_rank)
             code = _exit_code(worker.id)
-            failure = failure_of_process(worker.global_rank, report, code, log)
+            *_, errors = self._files.by_rank[worker.global_rank]
+            failure = failure_of_process(worker.global_rank, report, code, errors)
             if failure is None and code is None:
                 place = worker.global_rank, self._folder, worker.local_rank
                 failure = failure_of_silence(*place, self._hang_seconds)
             if failure:
-                found.append(failure)
+                found.append(self.logs.named(failure, worker.global_rank))
         return found
 
     def _wait_for_cause(self, worker_group: WorkerGroup, failures: list[Failure]) -> list[Failure]:
@@ -131,7 +137,8 @@ class Agent(LocalElasticAgent):
         try:
             self._recovery.allow(cause, step)
         except WorkerError as error:
-            self._meeting.stop(Failure(error.exit_code, str(error), time.time(), is_final=True))
+            end = Failure(error.exit_code, error.message, time.time(), is_final=True, log=error.log)
+            self._meeting.stop(end)
             raise
         print(
             f"{cause.message.splitlines()[0]}; starting the workers again "
@@ -140,14 +147,9 @@ class Agent(LocalElasticAgent):
             flush=True,
         )
 
-    def _log(self, local_rank: int) -> Path:
-        """Of the newest attempt; it may not be there."""
-        logs = self._logs.glob(f"*/attempt_*/{local_rank}/stderr.log")
-        return max(logs, key=lambda log: log.stat().st_mtime, default=self._logs / "none")
-
     def _raise_stop_of_another(self) -> None:
         if reason := self._meeting.stopped():
-            raise WorkerError(reason.message, reason.exit_code)
+            raise WorkerError(reason.message, reason.exit_code, reason.log)
 
     def _is_cut_off(self) -> bool:
         """Whether a host of these ranks is lost, for which collectives would wait; asked now and
@@ -157,6 +159,20 @@ class Agent(LocalElasticAgent):
         self._next_question = time.monotonic() + _WATCH_SECONDS
         self._raise_stop_of_another()
         return bool(set(self._meeting.lost_hosts(self._hang_seconds)) - self._left_out)
+
+
+class _LogFiles(DefaultLogsSpecs):
+    """Knows the files that each rank prints into, stderr's last."""
+
+    by_rank: dict[int, list[Path]]
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        files = super().reify(envs)
+        self.by_rank = {
+            int(envs[local_rank]["RANK"]): [Path(out), Path(files.stderrs[local_rank])]
+            for local_rank, out in files.stdouts.items()
+        }
+        return files
 
 
 def _exit_code(pid: int) -> int | None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from launch.logs import WorkerLogs, terminal_environment
 from launch.recovery import WorkerError
 from launch.worker import Worker, close_directory, first_cause
 from shardemb.failure import Failure
@@ -25,20 +26,23 @@ _EXIT_CODES = {128 + signum: signum for signum in (signal.SIGTERM, signal.SIGHUP
 def run_workers(arguments: Sequence[str], nproc: int) -> None:
     """Run `python ARGUMENTS` as ranks 0 to `nproc` - 1; return when all have ended well.
 
-    Rank 0 shows its progress on stderr. When a worker fails the others are ended within seconds
-    and WorkerError carries the failure that came first, which the run directory keeps. Workers end
-    with this process, whatever ends it.
+    Rank 0 shows its progress on stderr; a run directory keeps the logs of all. When a worker fails
+    the others are ended within seconds and WorkerError carries the failure that came first, which
+    the run directory keeps. Workers end with this process, whatever ends it.
     """
     with tempfile.TemporaryDirectory(prefix="shardemb-") as scratch, _signals_as_exit():
         workers: list[Worker] = []
+        logs = WorkerLogs(Path(scratch))
         try:
             port = _free_port()
             for rank in range(nproc):
-                place = _place(rank, nproc, port)
-                workers.append(Worker(arguments, place, Path(scratch), is_shown=rank == 0))
-            _wait(workers)
+                place = {**_place(rank, nproc, port), **terminal_environment()}
+                workers.append(Worker(arguments, place, Path(scratch)))
+            logs.begin({worker.rank: [worker.log] for worker in workers})
+            _wait(workers, logs)
         except BaseException as error:
             _end(workers)
+            logs.show()
             close_directory(Path(scratch), message_of(error))
             raise
         finally:
@@ -71,24 +75,26 @@ def message_of(error: BaseException) -> str:
     return str(error) or repr(error)
 
 
-def _wait(workers: list[Worker]) -> None:
+def _wait(workers: list[Worker], logs: WorkerLogs) -> None:
     while any(worker.process.poll() is None for worker in workers):
         if any(worker.failure() for worker in workers):
             break
+        logs.show()
         time.sleep(POLL_SECONDS)
+    logs.show()
     deadline = time.monotonic() + GRACE_SECONDS
-    failures = _failures(workers)
+    failures = _failures(workers, logs)
     # An echo came first: wait for the rank that caused it.
     while all(f.is_echo for f in failures) and failures and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-        failures = _failures(workers)
+        failures = _failures(workers, logs)
     if failures:
         cause = first_cause(failures)
-        raise WorkerError(cause.message, cause.exit_code)
+        raise WorkerError(cause.message, cause.exit_code, cause.log)
 
 
-def _failures(workers: list[Worker]) -> list[Failure]:
-    return [failure for worker in workers if (failure := worker.failure())]
+def _failures(workers: list[Worker], logs: WorkerLogs) -> list[Failure]:
+    return [logs.named(found, w.rank) for w in workers if (found := w.failure())]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launch.endpoint import interface_of
 from launch.host_facts import HostFacts, facts_of
+from launch.logs import WorkerLogs
 from launch.shared_storage import Mark, missing_marks, place_marks, remove_marks
 from launch.worker import Worker, failure_of_silence, forget_reports, last_step
 from shardemb.config import RunConfig, load_config
@@ -52,7 +53,8 @@ class Host:
         self._config: RunConfig = load_config(self._folder / "config.yaml")
         self._run_id, self._address = run_id, address
         self._workers: list[Worker] = []
-        self._shown = 0  # bytes of the first worker's log
+        self._logs = WorkerLogs(self._folder, self._config.output, run_id)
+        self._shown = ""  # and not yet asked for
 
     def name(self) -> str:
         return socket.gethostname()
@@ -77,8 +79,8 @@ class Host:
     def start(self, place: Place) -> None:
         """The workers of this host, which is one of several."""
         count = self._config.launch.nproc_per_node
+        self._shown += self._logs.copy()
         forget_reports(self._folder, range(count))
-        self._shown = 0
         arguments = ["-m", "shardemb.train", str(self._folder / "config.yaml")]
         common: dict[str, int | str] = {
             "WORLD_SIZE": place.count * count,
@@ -94,10 +96,10 @@ class Host:
                 arguments,
                 {**common, "RANK": place.index * count + local_rank, "LOCAL_RANK": local_rank},
                 self._folder,
-                is_shown=False,
             )
             for local_rank in range(count)
         ]
+        self._logs.begin({worker.rank: [worker.log] for worker in self._workers})
 
     def _network(self) -> dict[str, str]:
         """The interface of Ray's address: a host's name may lead elsewhere, on Debian to itself."""
@@ -120,14 +122,11 @@ class Host:
         if failure is None and worker.process.poll() is None:
             seconds = self._config.launch.hang_seconds
             failure = failure_of_silence(worker.rank, self._folder, worker.local_rank, seconds)
-        return failure
+        return self._logs.named(failure, worker.rank) if failure else None
 
     def _new_lines(self) -> str:
-        with self._workers[0].log.open("rb") as log:
-            log.seek(self._shown)
-            text = log.read()
-        self._shown += len(text)
-        return text.decode(errors="replace")
+        text, self._shown = self._shown + self._logs.copy(), ""
+        return text
 
     def _directory(self) -> str | None:
         notes = [directory_note(failure_file(self._folder, w.local_rank)) for w in self._workers]
@@ -144,6 +143,7 @@ class Host:
             worker.kill()
         for worker in self._workers:
             worker.process.wait()
+        self._shown += self._logs.copy()
 
     def result(self) -> str | None:
         """result.json, of a run that has come to its end."""

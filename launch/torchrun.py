@@ -32,6 +32,7 @@ from launch.elastic_agent import Agent
 from launch.endpoint import interface_of, parse_endpoint
 from launch.host_facts import HostFacts, facts_of, refuse_differences
 from launch.local import message_of
+from launch.logs import terminal_environment
 from launch.meeting import Meeting
 from launch.recovery import Recovery, WorkerError
 from launch.shared_storage import (
@@ -120,11 +121,15 @@ def _run_agent(
         max_restarts=_AGENT_RESTARTS,
         local_addr=meeting.address,
     )
-    agent = Agent(spec, meeting, folder, Recovery(launch.max_restarts), launch.hang_seconds)
+    recovery = Recovery(launch.max_restarts)
+    agent = Agent(spec, meeting, folder, recovery, launch.hang_seconds, config.output)
     _set_environment(meeting, folder, launch.nproc_per_node)
     try:
-        with _signals(agent):
-            agent.run()
+        try:
+            with _signals(agent):
+                agent.run()
+        finally:
+            agent.logs.show()
         if agent.get_worker_group().state != WorkerState.SUCCEEDED:
             raise RendezvousClosedError
     except BaseException as error:
@@ -141,7 +146,9 @@ def _set_environment(meeting: Meeting, folder: Path, workers: int) -> None:
     """Of the workers, which inherit it."""
     os.environ[RUN_ID] = meeting.run_id
     os.environ[REPORT_FOLDER] = str(folder / "reports")
+    os.environ.update(terminal_environment())
     os.environ.setdefault("OMP_NUM_THREADS", str(threads(workers)))
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")  # or a killed worker's last lines are lost
     # Or new workers look for the old ones (torch 2.13).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # Or they listen where the host's name leads, on Debian to itself.
@@ -155,7 +162,7 @@ def _as_told(error: BaseException, meeting: Meeting, wait_seconds: float) -> Bas
     """What to tell the user of what ended the agent, after telling the other hosts."""
     try:
         if isinstance(error, RendezvousClosedError) and (reason := meeting.stopped()):
-            return WorkerError(reason.message, reason.exit_code)
+            return WorkerError(reason.message, reason.exit_code, reason.log)
         if isinstance(error, RendezvousTimeoutError):
             error = UserError(
                 f"a host was lost and has not come back within {wait_seconds:g} s "

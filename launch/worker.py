@@ -25,17 +25,16 @@ from shardemb.run_directory import Created, close_failed
 from shardemb.supervision import heartbeat_file, read_heartbeat
 
 LOG_TAIL_LINES = 15
-_STDERR = 2  # the descriptor: sys.stderr has none in a notebook
 
 
 class Worker:
     """`python ARGUMENTS` as one rank of this host, which ends with this process.
 
-    What it prints goes to stderr where it `is_shown`, else to `log`.
+    What it prints goes to `log`.
     """
 
     def __init__(
-        self, arguments: Sequence[str], place: Mapping[str, int | str], folder: Path, is_shown: bool
+        self, arguments: Sequence[str], place: Mapping[str, int | str], folder: Path
     ) -> None:
         self.rank, self.local_rank = int(place["RANK"]), int(place["LOCAL_RANK"])
         self.log = folder / f"rank_{self.local_rank}.log"
@@ -43,13 +42,14 @@ class Worker:
         environment = {**os.environ, **{k: str(v) for k, v in place.items()}}
         environment[REPORT_FOLDER] = str(folder)
         environment.setdefault("OMP_NUM_THREADS", str(threads(int(place["LOCAL_WORLD_SIZE"]))))
+        environment.setdefault("PYTHONUNBUFFERED", "1")  # or a killed worker's last lines are lost
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=_STDERR if is_shown else log,
-                stderr=_STDERR if is_shown else log,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,  # Ctrl-C comes to us alone, and we end the workers
                 preexec_fn=partial(_end_with_parent, os.getpid(), _libc()),
             )

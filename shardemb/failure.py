@@ -35,13 +35,14 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 @dataclass(frozen=True)
 class Failure:
     """Why a rank ended. `is_echo`: another rank's end was noticed, which is not the cause.
-    `is_final`: workers that are started again would end the same way."""
+    `is_final`: workers that are started again would end the same way. `log`: where to read on."""
 
     exit_code: int
     message: str
     time: float
     is_echo: bool = False
     is_final: bool = False
+    log: str | None = None
 
 
 @dataclass

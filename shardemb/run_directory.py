@@ -1,5 +1,6 @@
 """The run directory: config.yaml, plan.json, metrics.jsonl, tensorboard/, and at the end
-result.json or, of a run that failed, failure.json; run_id, where a launcher has named the run."""
+result.json or, of a run that failed, failure.json; run_id, where a launcher has named the run, and
+the logs/ that it keeps."""
 
 from __future__ import annotations
 
@@ -19,7 +20,13 @@ from planner import Plan, RequestError, UserError
 from planner.files import partial_of, replace_file
 from shardemb.config import RunConfig
 from shardemb.data.dataset import read_info
-from shardemb.failure import failure_of, has_launcher, note_directory
+from shardemb.failure import (
+    directory_note,
+    failure_file,
+    failure_of,
+    has_launcher,
+    note_directory,
+)
 from shardemb.supervision import RUN_ID
 
 
@@ -110,11 +117,19 @@ class RunDirectory:
             note_directory(asdict(self._created))
 
 
-def is_begun(path: Path) -> bool:
+def is_begun(path: Path, run_id: str | None = None) -> bool:
     """Whether workers that the launcher has started before began this run, in `path`."""
     with suppress(FileNotFoundError):
-        return (path / "run_id").read_text() == os.environ.get(RUN_ID)
+        return (path / "run_id").read_text() == (run_id or os.environ.get(RUN_ID))
     return False
+
+
+def begun_directory(reports: Path, output: Path | None, run_id: str | None) -> Path | None:
+    """For a launcher: the directory that its workers, which report in `reports`, write a run in, or
+    those of another host; None before there is one."""
+    for note in reports.glob(directory_note(failure_file(reports, "*")).name):
+        return Path(Created(**json.loads(note.read_text())).path)
+    return output if output and run_id and is_begun(output, run_id) else None
 
 
 def close_failed(created: Created, error: str) -> None:

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from functools import cached_property
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from torch.utils.tensorboard import SummaryWriter
@@ -17,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from planner import UserError
 from shardemb.config import RunConfig
 from shardemb.metrics.evaluation import Evaluation
+from shardemb.metrics.terminal import terminal_console
 from shardemb.run_directory import RunDirectory, summarize_evaluation, without_nan
 from shardemb.trainer import Progress
 
@@ -35,8 +35,9 @@ class RunLog:
     ) -> None:
         self._config, self._directory, self._first_step = config, directory, first_step
         self._path = directory.path / "metrics.jsonl"
-        self._console = Console(file=sys.stderr)
+        self._console = terminal_console()
         self._total = total_steps
+        is_ours = self._console.file is sys.stderr  # what else is printed goes above the bar
         self._bar = ProgressBar(
             TextColumn("train"),
             BarColumn(),
@@ -44,6 +45,8 @@ class RunLog:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=self._console,
+            redirect_stdout=is_ours,
+            redirect_stderr=is_ours,
         )
         self._task = self._bar.add_task("train", total=total_steps, figures="first step")
         self._last_line = 0.0

@@ -31,7 +31,7 @@ from tests.launch.tiny_run import (
 
 # Two ranks read ahead by so many rows; those behind them are met when training has begun.
 MANY_ROWS, ROW_GROUP_ROWS = 2 * BLOCK_ROWS + 6400, 1024
-FAILED = {"config.yaml", "plan.json", "metrics.jsonl", "tensorboard", "failure.json"}
+FAILED = {"config.yaml", "plan.json", "metrics.jsonl", "tensorboard", "failure.json", "logs"}
 OVERRIDES = ("data.shuffle=false", "train.batch_size=2048", "train.log_every=5")
 
 # A model that leaves as it is told, at step 6 of one rank.
@@ -186,7 +186,7 @@ def test_a_bad_id_met_in_evaluation(large: Runs, launcher: bool) -> None:
         message = " ".join(process.stderr.split())
     cause = f"part-00000.parquet, row {MANY_ROWS - 1}: feature C1 has id {ROWS['C1']}"
     assert cause in message
-    assert large.files == {*FAILED, "checkpoints"}
+    assert large.files == {*FAILED, "checkpoints"} - (set() if launcher else {"logs"})
     assert large.reported_steps == [1, 5, 6]
     assert cause in large.failure["error"]
     assert large.failure["step"] == 6
@@ -214,6 +214,7 @@ def test_a_rank_that_leaves_amid_the_run(small: Runs, way: str) -> None:
     assert "closed by peer" not in message
     assert small.files == FAILED
     assert small.failure["error"].startswith(cause)
+    assert message.endswith(f"its whole log: {small.output}/logs/rank_{rank}.log")
     assert small.failure["step"] == small.reported_steps[-1] == 4
 
 

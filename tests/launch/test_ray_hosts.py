@@ -126,6 +126,9 @@ def test_a_killed_rank(run: RayRun, cluster: Cluster, data: Path, tmp_path: Path
     assert json.loads(out) == json.loads((run.directory / "result.json").read_text())
     assert "the worker of rank 1 was killed by SIGKILL" in err
     assert "going on after step 6" in err
+    for rank in range(4):
+        log = (run.directory / "logs" / f"rank_{rank}.log").read_text()
+        assert [f", attempt {n}, " in log for n in (1, 2, 3)] == [True, True, False]
     (tmp_path / "local").mkdir()
     local = Run(tmp_path / "local", data)
     process = shardemb("train", local.config, "launch.nproc_per_node=4")

@@ -122,6 +122,10 @@ def test_a_killed_rank(whole: HostsRun, run: HostsRun) -> None:
     assert run.bytes_of_newest() == whole.bytes_of_newest()
     assert run.losses() == whole.losses()
     assert [path.name for path in run.folder.glob("run*") if path.is_dir()] == ["run"]
+    for rank in range(4):
+        log = (run.directory / "logs" / f"rank_{rank}.log").read_text()
+        for attempt in (1, 2):
+            assert f"--- rank {rank} on h{rank // 2}, attempt {attempt}, " in log
 
 
 @pytest.mark.slow
@@ -142,6 +146,7 @@ def test_a_rank_that_dies_at_the_same_step_again(run: HostsRun) -> None:
         assert code == 1
         assert "failed twice after step 6, so the workers are not started again" in err
         assert "the worker of rank 1 was killed by SIGKILL" in err
+        assert f"its whole log: {run.directory}/logs/rank_1.log" in err
     failure = json.loads((run.directory / "failure.json").read_text())
     assert failure["error"].startswith("failed twice after step 6")
 

@@ -32,7 +32,8 @@ RESULT_KEYS = {
 }
 EVAL_KEYS = {"auc", "logloss", "normalized_entropy", "samples"}
 FILES = {
-    *("config.yaml", "plan.json", "metrics.jsonl", "tensorboard", "checkpoints", "result.json")
+    "logs",
+    *("config.yaml", "plan.json", "metrics.jsonl", "tensorboard", "checkpoints", "result.json"),
 }
 
 
