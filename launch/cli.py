@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +18,7 @@ from launch.plan import SOURCES
 from launch.profile import profile_app
 from planner import Topology
 from planner.cli import plan_app, run, stderr
+from shardemb.metrics.wall_time import LAUNCHED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,7 +62,7 @@ def train(
     from planner import RequestError
     from shardemb.config import RunConfig, load_config
     from shardemb.preflight import check_run
-    from shardemb.run_directory import summarize
+    from shardemb.summary import summarize
 
     if print_schema:
         print(json.dumps(RunConfig.model_json_schema()))
@@ -90,7 +93,7 @@ def evaluate(
     from launch.local import run_workers
     from planner import UserError
     from shardemb.config import load_config
-    from shardemb.run_directory import summarize_evaluation
+    from shardemb.summary import summarize_evaluation
 
     config = load_config(config_path, overrides or ())
     if "test" not in config.data.splits():
@@ -110,6 +113,7 @@ def _local_topology(nproc: int) -> Topology:
 
 def main() -> None:
     """The console script."""
+    os.environ[LAUNCHED] = str(time.time())  # for the workers that it starts
     run(app)
 
 

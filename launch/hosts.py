@@ -36,7 +36,7 @@ def torchrun(
     from launch.slurm import slurm_script
     from shardemb.config import load_config
     from shardemb.quiet import silence_libraries
-    from shardemb.run_directory import summarize
+    from shardemb.summary import summarize
 
     overrides = list(overrides or ())
     if nproc_per_node is not None:
@@ -78,7 +78,7 @@ def ray(
     """
     from launch.ray_launcher import run_ray
     from shardemb.config import load_config
-    from shardemb.run_directory import summarize
+    from shardemb.summary import summarize
 
     overrides = list(overrides or ())
     if workers_per_host is not None:

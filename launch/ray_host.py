@@ -18,6 +18,7 @@ from launch.shared_storage import Mark, missing_marks, place_marks, remove_marks
 from launch.worker import Worker, failure_of_silence, forget_reports, last_step
 from shardemb.config import RunConfig, load_config
 from shardemb.failure import Failure, directory_note, failure_file
+from shardemb.metrics.wall_time import LAUNCHED
 from shardemb.run_directory import Created, close_failed
 from shardemb.supervision import RUN_ID
 
@@ -44,14 +45,15 @@ class Place:
 
 
 class Host:
-    """`config` is the text of a run config, with all overrides in it."""
+    """`config` is the text of a run config, with all overrides in it; `launched` is when, as unix
+    time."""
 
-    def __init__(self, config: str, run_id: str, address: str) -> None:
+    def __init__(self, config: str, run_id: str, address: str, launched: str) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="shardemb-")
         self._folder = Path(self._scratch.name)
         (self._folder / "config.yaml").write_text(config)
         self._config: RunConfig = load_config(self._folder / "config.yaml")
-        self._run_id, self._address = run_id, address
+        self._run_id, self._address, self._launched = run_id, address, launched
         self._workers: list[Worker] = []
         self._logs = WorkerLogs(self._folder, self._config.output, run_id)
         self._shown = ""  # and not yet asked for
@@ -89,6 +91,7 @@ class Host:
             "MASTER_ADDR": place.master_address,
             "MASTER_PORT": place.master_port,
             RUN_ID: self._run_id,
+            LAUNCHED: self._launched,
             **self._network(),
         }
         self._workers = [

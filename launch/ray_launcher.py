@@ -6,6 +6,7 @@ every other launcher.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from launch.worker import first_cause
 from planner import RequestError, UserError
 from shardemb.config import RunConfig
 from shardemb.failure import Failure
+from shardemb.metrics.wall_time import LAUNCHED
 from shardemb.supervision import StoppedError
 
 POLL_SECONDS = 0.25
@@ -54,7 +56,7 @@ def run_ray(config: RunConfig, num_hosts: int | None, address: str | None) -> st
 
 class _Launcher:
     def __init__(self, config: RunConfig, num_hosts: int | None) -> None:
-        self._config, self._run_id = config, uuid.uuid4().hex
+        self._config, self._run_id, self._begun = config, uuid.uuid4().hex, time.time()
         self._recovery = Recovery(config.launch.max_restarts)
         self._team: dict[str, _Member] = {}  # by the id of the node
         self._lost: set[str] = set()
@@ -152,7 +154,8 @@ class _Launcher:
         room = {"num_gpus" if self._on_gpus else "num_cpus": workers}
         options = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False)}
         made = ray.remote(Host).options(**room, **options)
-        return made.remote(self._config.to_yaml(), self._run_id, node.address)
+        launched = os.environ.get(LAUNCHED, str(self._begun))
+        return made.remote(self._config.to_yaml(), self._run_id, node.address, launched)
 
     def _refuse_unshared(self) -> None:
         marks = self._first(lambda host: host.place_marks.remote())

@@ -19,7 +19,6 @@ from typing import Any
 from planner import Plan, RequestError, UserError
 from planner.files import partial_of, replace_file
 from shardemb.config import RunConfig
-from shardemb.data.dataset import read_info
 from shardemb.failure import (
     directory_note,
     failure_file,
@@ -157,9 +156,14 @@ def close_failed(created: Created, error: str) -> None:
 
 
 def _reported_steps(metrics: Path) -> list[int]:
-    """The steps in metrics.jsonl, which loses a last line that was not written to its end."""
-    lines = _whole_lines(metrics)
-    return [record["step"] for record in map(json.loads, lines) if record["kind"] == "train"]
+    return [record["step"] for record in reports(metrics)]
+
+
+def reports(metrics: Path) -> list[dict[str, Any]]:
+    """Of training, in metrics.jsonl, which loses a last line that was not written to its end."""
+    return [
+        record for record in map(json.loads, _whole_lines(metrics)) if record["kind"] == "train"
+    ]
 
 
 def _whole_lines(metrics: Path) -> list[bytes]:
@@ -243,49 +247,3 @@ def _cannot_write(path: Path, error: OSError) -> str:
         f"output: cannot write the run directory {path} ({error.strerror}); make room there, or "
         "choose another with output=DIR"
     )
-
-
-def summarize(config: RunConfig, result: dict[str, Any]) -> str:
-    """What a user wants to know at the end of a run, next to what he could have reached."""
-    speed = result["samples_per_second"]
-    shown = "" if speed is None else f", {speed:,.0f} samples/s"
-    if result["dense_precision"] == "bf16":
-        shown += ", dense part in bf16"
-    lines = [f"trained {result['steps']} steps{shown}"]
-    if result.get("embeddings"):
-        lines.append(_summarize_embeddings(result["embeddings"]))
-    if result.get("best"):
-        lines.append(_summarize_best(config, result["best"]))
-    if result["eval"]:
-        lines.append(summarize_evaluation(config, result["eval"]))
-    return "\n".join([*lines, f"run directory: {config.output}"])
-
-
-def _summarize_embeddings(found: dict[str, Any]) -> str:
-    predicted = found["predicted_step_ms"]
-    expected = "" if predicted is None else f", predicted {predicted:.3g} ms"
-    return f"embeddings {found['step_ms']:.3g} ms a step{expected}"
-
-
-def _summarize_best(config: RunConfig, best: dict[str, Any]) -> str:
-    title, restored = config.best_metric.title, ", restored" if best["restored"] else ""
-    return (
-        f"best step {best['step']}: {config.evaluation.split} {title} {best['value']:.4f}{restored}"
-    )
-
-
-def summarize_evaluation(config: RunConfig, metrics: dict[str, Any], split: str = "test") -> str:
-    """`metrics` by their keys, next to the AUC that could be reached on the test split."""
-    info = read_info(config.data.dir) if split == "test" else None
-    best = info.best_reachable if info else None
-    shown = []
-    for metric in config.metrics:
-        if metric.key in metrics:
-            is_reachable = best and metric.key == "auc" and metric.task.name == config.data.label
-            reachable = f" (best reachable {best.auc:.4f})" if best and is_reachable else ""
-            shown.append(f"{metric.title} {_shown(metrics[metric.key])}{reachable}")
-    return f"{split} {', '.join(shown)}"
-
-
-def _shown(metric: float | None) -> str:
-    return "undefined" if metric is None else f"{metric:.4f}"

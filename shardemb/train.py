@@ -6,13 +6,16 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from planner import RequestError, UserError
 from shardemb.config import RunConfig, load_config
 from shardemb.failure import has_launcher, report_failures
+from shardemb.metrics.wall_time import WallTime, split_training
 from shardemb.quiet import silence_libraries
-from shardemb.run_directory import RunDirectory, is_begun, summarize, without_nan
+from shardemb.run_directory import RunDirectory, is_begun, reports, without_nan
+from shardemb.summary import summarize
 from shardemb.supervision import StoppedError, Supervision
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ def run(config: RunConfig, supervision: Supervision | None = None) -> None:
     from shardemb.ranks import process_group
     from shardemb.warm_start import warm_start
 
+    wall_time = WallTime.of_launch()
     with process_group(config.launch.device) as device:
         tell(f"reading the footers of {config.data.dir}")
         train_data = build_reader(config, "train")
@@ -51,6 +55,7 @@ def run(config: RunConfig, supervision: Supervision | None = None) -> None:
         tell("reading the first batches")
         _try_first_batch(train_data, *others.values())
         trainer = build_trainer(config, device)
+        trainer.wall_time = wall_time
         plan = trainer.model.planner_plan
         directory = RunDirectory(config, plan) if dist.get_rank() == 0 else None
         checkpoints = Checkpoints(
@@ -62,6 +67,8 @@ def run(config: RunConfig, supervision: Supervision | None = None) -> None:
         begun = _is_begun(config)
         wanted = "latest" if begun else config.checkpoint.resume
         resumed = _resume(config, wanted, checkpoints, trainer, train_data)
+        if directory and begun:
+            _recover(config, wall_time)
         if directory and (begun or resumed):
             directory.resume_at(trainer.step)
         if wanted and not resumed:
@@ -111,6 +118,14 @@ def _is_begun(config: RunConfig) -> bool:
     begun = [dist.get_rank() == 0 and is_begun(config.output)]
     dist.broadcast_object_list(begun, src=0)
     return begun[0]
+
+
+def _recover(config: RunConfig, wall_time: WallTime) -> None:
+    """Have the seconds go on of the workers that began this run, and failed."""
+    reported = reports(config.output / "metrics.jsonl")
+    if reported:
+        last = reported[-1]
+        wall_time.go_on(last["step"], last["time"], last["seconds"], last["restarts"])
 
 
 def _resume(
@@ -196,7 +211,8 @@ def _train(
         best = _restore_best(config, trainer, checkpoints)
         if log and "test" in others:
             log.evaluating()
-        evaluation = trainer.evaluate(others["test"].epoch()) if "test" in others else None
+        with trainer.wall_time.part("evaluation"):
+            evaluation = trainer.evaluate(others["test"].epoch()) if "test" in others else None
         if log and evaluation:
             log.evaluated(evaluation, trainer.step)
         found = {"eval": evaluation.to_json() if evaluation else None}
@@ -257,6 +273,9 @@ def _result(
         "plan_fingerprint": plan.fingerprint,
         "embeddings": _embeddings(trainer),
         "checkpoint": checkpoints.store.path(checkpoints.names[-1]),
+        "seconds": split_training(trainer.wall_time.seconds(), trainer.clock.exchange_share),
+        "restarts": trainer.wall_time.restarts,
+        "straggler": asdict(progress.straggler) if progress and progress.straggler else None,
     }
 
 

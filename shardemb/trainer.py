@@ -22,7 +22,9 @@ from shardemb.freezing import Freezing
 from shardemb.losses import Loss
 from shardemb.metrics.catalog import TaskMetric
 from shardemb.metrics.evaluation import Evaluation, Evaluator
-from shardemb.metrics.stage_clock import StageClock
+from shardemb.metrics.stage_clock import STEPS, StageClock
+from shardemb.metrics.stragglers import Straggler, StragglerWatch
+from shardemb.metrics.wall_time import WallTime
 from shardemb.optim import clip_dense_gradients, make_optimizer
 from shardemb.optimizer_config import (
     DenseOptimizerConfig,
@@ -38,7 +40,8 @@ from shardemb.tasks import Task
 
 # The first steps build buckets, thread pools and caches: speed is measured after them.
 WARMUP_STEPS = 10
-TIMED_STEPS = range(WARMUP_STEPS, WARMUP_STEPS + 20)  # whose embedding stages are timed
+TIMED_STEPS = range(WARMUP_STEPS, WARMUP_STEPS + STEPS)  # whose embedding stages are timed
+TIMED_EVERY = 10  # after those: to see who waits for whom
 
 T = TypeVar("T")
 
@@ -52,6 +55,10 @@ class Progress:
     train_loss: float  # mean over the rows since the last report, over all ranks
     samples_per_second: float  # over all ranks, since the warm-up
     data_wait_fraction: float  # of this rank's time
+    step_ms: float  # of this rank, since the warm-up
+    seconds: dict[str, float]  # of this rank, by part: see WallTime
+    restarts: int
+    straggler: Straggler | None
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,8 @@ class Trainer:
         self.clock = StageClock(model, self.device)
         self.ids_ahead = IdsAhead(model)
         self._following: tuple[Batch, Batch] | None = None  # as given, and on the device
+        self.stragglers = StragglerWatch(self.clock)
+        self.wall_time = WallTime()
         self.step, self.samples = 0, 0  # trained so far; samples are rows over all ranks
         self.world_size = dist.get_world_size()
         self.dense_optimizer = dense_optimizer or DenseOptimizerConfig()
@@ -155,7 +164,9 @@ class Trainer:
         if last < 1:
             raise ValueError(f"{epochs} epochs and max_steps {max_steps} leave no step to train")
         self.model.train()
-        meter, progress = _Meter(self.samples), None
+        self.wall_time.started()
+        self.wall_time.reached(self.step)
+        meter, progress = _Meter(self.samples, self.wall_time), None
         first = self.step + 1
         batches = _with_position(reader, epochs)
         pairs = _with_following(batches)
@@ -165,37 +176,42 @@ class Trainer:
             self.freezing.set(self.step + 1, position[0] + 1)
             number = self.step - first + 1
             # A step that is timed exchanges its ids itself.
-            is_ahead = self.step + 1 < last and number + 1 not in TIMED_STEPS
-            with self.clock.step() if number in TIMED_STEPS else nullcontext():
+            is_ahead = self.step + 1 < last and not _is_timed(number + 1)
+            timed = self.clock.step() if _is_timed(number) else nullcontext()
+            with self.wall_time.part("training"), timed:
                 loss_sum = self.train_step(batch, following if is_ahead else None)
             meter.add(loss_sum, batch.global_rows, position)
             self.step, self.samples = self.step + 1, meter.samples
+            self.wall_time.reached(self.step)
             if supervision and supervision.stops_after(self.step):
                 last = self.step
             is_saved = checkpoints is not None and _is_due(self.step, last, checkpoint_every)
             is_validated = validation is not None and self.step % validation.every_steps == 0
             is_reported = _is_due(self.step, last, report_every) or self.step == first
             if is_reported or is_saved or is_validated:
-                progress = meter.progress(self.step)
+                with self.wall_time.part("training"):
+                    progress = meter.progress(self.step, self.stragglers.find())
                 if not math.isfinite(progress.train_loss):
                     raise UserError(self._why_not_finite(meter, reader, checkpoints))
                 if report:
                     report(progress)
             if validation is not None and is_validated:
-                with meter.paused():
+                with meter.paused(), self.wall_time.part("evaluation"):
                     is_best = self._validate(validation)
                 keeps = checkpoints is not None and checkpoints.keep_best
                 is_saved |= (is_best and keeps) or self.has_stopped
             if checkpoints is not None and is_saved:
                 state = reader.state(*position)
                 trains_on = self.step < last and not self.has_stopped
-                checkpoints.save(self, state, trains_on=trains_on)
+                with self.wall_time.part("checkpoints"):
+                    checkpoints.save(self, state, trains_on=trains_on)
             if self.step == first + WARMUP_STEPS - 1:
                 meter.start_steady_state()
         batches.close()
         self.ids_ahead.drop()
         if checkpoints:
-            checkpoints.wait()
+            with self.wall_time.part("checkpoints"):
+                checkpoints.wait()
         return progress
 
     @property
@@ -299,10 +315,16 @@ def _is_due(step: int, last: int, every: int | None) -> bool:
     return step == last or (every is not None and step % every == 0)
 
 
+def _is_timed(step: int) -> bool:
+    """`step` counts from the first of these workers, which is 0."""
+    return step in TIMED_STEPS or (step >= TIMED_STEPS.stop and step % TIMED_EVERY == 0)
+
+
 class _Meter:
     """Counts rows, loss, time and the part of it spent waiting for data."""
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, wall_time: WallTime) -> None:
+        self._wall_time = wall_time
         self._losses: list[torch.Tensor] = []  # since the last report, of this rank
         self._positions: list[Position] = []
         self._loss_rows = 0
@@ -311,6 +333,7 @@ class _Meter:
 
     def start_steady_state(self) -> None:
         self._since, self._waited, self._rows_before = time.perf_counter(), 0.0, self.samples
+        self._steps = 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -321,7 +344,8 @@ class _Meter:
 
     def wait_for(self, batches: Iterator[T]) -> T:
         start = time.perf_counter()
-        item = next(batches)
+        with self._wall_time.part("data_wait"):
+            item = next(batches)
         self._waited += time.perf_counter() - start
         return item
 
@@ -330,8 +354,9 @@ class _Meter:
         self._positions.append(position)
         self._loss_rows += global_rows
         self.samples += global_rows
+        self._steps += 1
 
-    def progress(self, step: int) -> Progress:
+    def progress(self, step: int, straggler: Straggler | None) -> Progress:
         """A collective: the loss is summed over ranks, and counted anew from here."""
         self._reported = torch.stack(self._losses).double(), self._positions
         loss = self._reported[0].sum()
@@ -345,6 +370,10 @@ class _Meter:
             train_loss=mean,
             samples_per_second=(self.samples - self._rows_before) / seconds,
             data_wait_fraction=self._waited / seconds,
+            step_ms=1000 * seconds / self._steps,
+            seconds=self._wall_time.seconds(),
+            restarts=self._wall_time.restarts,
+            straggler=straggler,
         )
 
     def first_not_finite(self) -> tuple[int, Position]:

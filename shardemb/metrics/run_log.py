@@ -17,7 +17,8 @@ from planner import UserError
 from shardemb.config import RunConfig
 from shardemb.metrics.evaluation import Evaluation
 from shardemb.metrics.terminal import terminal_console
-from shardemb.run_directory import RunDirectory, summarize_evaluation, without_nan
+from shardemb.run_directory import RunDirectory, without_nan
+from shardemb.summary import summarize_evaluation
 from shardemb.trainer import Progress
 
 # Seconds between lines where there is no terminal to redraw a bar on.
@@ -50,6 +51,7 @@ class RunLog:
         )
         self._task = self._bar.add_task("train", total=total_steps, figures="first step")
         self._last_line = 0.0
+        self._slowest: int | None = None
 
     def __enter__(self) -> RunLog:
         if self._console.is_terminal:
@@ -87,6 +89,10 @@ class RunLog:
         )
         self._bar.update(self._task, completed=progress.step, figures=figures)
         self._line(f"step {progress.step}/{self._total}  {figures}", progress.step == self._total)
+        slowest = progress.straggler.rank if progress.straggler else None
+        if progress.straggler and slowest != self._slowest:
+            self._console.print(str(progress.straggler), highlight=False, soft_wrap=True)
+        self._slowest = slowest
 
     def evaluating(self) -> None:
         self._console.print("evaluating on the test split", highlight=False)

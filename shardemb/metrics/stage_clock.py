@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from torchrec.distributed.types import LazyAwaitable, LazyNoWait, ShardedModule
 from planner.cost.stages import STAGES
 
 FORWARD_COMPUTE, FORWARD_COMM, BACKWARD_COMPUTE, BACKWARD_COMM = range(len(STAGES))
+STEPS = 20  # the first that are timed tell the stages, as many of the last who waits for whom
 
 
 class StageClock:
@@ -28,26 +30,42 @@ class StageClock:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._collections = [m for m in model.modules() if isinstance(m, ShardedModule)]
-        self._device = device
+        self.device = device
         self._steps: list[NDArray[np.float64]] = []
+        # Of the last steps timed: exchanges, with the wait for other ranks, and the whole step.
+        self.recent: deque[tuple[float, float]] = deque(maxlen=STEPS)
 
     @property
     def steps(self) -> int:
-        """How many were timed."""
+        """How many were timed for the stages."""
         return len(self._steps)
+
+    @property
+    def exchange_share(self) -> float | None:
+        """Of a step of this rank, with the wait for other ranks; None where no step was timed."""
+        if not self.recent:
+            return None
+        exchange_ms, step_ms = np.median(self.recent, axis=0)
+        return float(exchange_ms / step_ms)
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Time one step's forward and backward."""
-        laps = [_Laps(self._device) for _ in self._collections]
+        laps = [_Laps(self.device) for _ in self._collections]
+        whole = _Laps(self.device)
         for collection, lap in zip(self._collections, laps, strict=True):
             lap.listen(collection)
+        whole.mark("start")
         try:
             yield
         finally:
             for collection in self._collections:
                 del collection.input_dist, collection.compute_and_output_dist
-        self._steps.append(np.sum([lap.stages() for lap in laps], axis=0))
+        whole.mark("end")
+        stages = np.sum([lap.stages() for lap in laps], axis=0)
+        self.recent.append((stages[FORWARD_COMM] + stages[BACKWARD_COMM], whole.ms("start", "end")))
+        if len(self._steps) < STEPS:
+            self._steps.append(stages)
 
     def stages(self) -> NDArray[np.float64] | None:
         """[ranks, 4]: medians, in the order of planner.cost.stages; None where no step was timed.
@@ -56,7 +74,7 @@ class StageClock:
         """
         if not self._steps:
             return None
-        own = torch.tensor(np.median(self._steps, axis=0), device=self._device)
+        own = torch.tensor(np.median(self._steps, axis=0), device=self.device)
         every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(every, own)
         stages = torch.stack(every).cpu().numpy()
@@ -77,20 +95,20 @@ class _Laps:
         input_dist = collection.input_dist
 
         def begin(*args: Any, **kwargs: Any) -> Any:
-            self._mark("start")
+            self.mark("start")
             return input_dist(*args, **kwargs)
 
         def run(context: Any, received: Any) -> LazyAwaitable[Any]:
-            self._mark("ids")
+            self.mark("ids")
             outputs = collection.compute(context, received)
-            self._mark("looked_up")
+            self.mark("looked_up")
             for node in _nodes(outputs):
                 node.register_hook(self._marker("updated"))
             for output in outputs:
                 if output.requires_grad:
                     output.register_hook(self._marker("gradients"))
             pooled = collection.output_dist(context, outputs).wait()
-            self._mark("embeddings")
+            self.mark("embeddings")
             for values in _tensors(pooled):
                 if values.requires_grad:
                     values.register_hook(self._marker("backward", first=True))
@@ -100,11 +118,11 @@ class _Laps:
 
     def stages(self) -> list[float]:
         """[4]; no backward where nothing was trained."""
-        exchange = self._ms("start", "ids") + self._ms("looked_up", "embeddings")
-        forward = [self._ms("ids", "looked_up"), exchange]
-        return [*forward, self._ms("gradients", "updated"), self._ms("backward", "gradients")]
+        exchange = self.ms("start", "ids") + self.ms("looked_up", "embeddings")
+        forward = [self.ms("ids", "looked_up"), exchange]
+        return [*forward, self.ms("gradients", "updated"), self.ms("backward", "gradients")]
 
-    def _mark(self, name: str) -> None:
+    def mark(self, name: str) -> None:
         if self._on_gpu:
             self._marks[name] = torch.cuda.Event(enable_timing=True)
             self._marks[name].record()
@@ -114,11 +132,11 @@ class _Laps:
     def _marker(self, name: str, first: bool = False) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             if not (first and name in self._marks):
-                self._mark(name)
+                self.mark(name)
 
         return hook
 
-    def _ms(self, start: str, end: str) -> float:
+    def ms(self, start: str, end: str) -> float:
         if not {start, end} <= self._marks.keys():
             return 0.0
         if self._on_gpu:

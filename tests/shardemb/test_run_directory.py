@@ -11,7 +11,8 @@ import pytest
 
 from planner import ShardingRule, Topology, UserError, plan_by_rule
 from shardemb.config import RunConfig
-from shardemb.run_directory import RunDirectory, close_failed, summarize, without_nan
+from shardemb.run_directory import RunDirectory, close_failed, without_nan
+from shardemb.summary import summarize
 
 
 def make_run(output: Path, seed: int = 0) -> RunDirectory:

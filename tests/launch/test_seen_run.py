@@ -1,0 +1,90 @@
+"""What a run tells of itself at its end: where its time went, and who was waited for."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardemb.metrics.wall_time import PARTS
+from tests.launch.hosts_run import Run
+from tests.launch.tiny_run import make_data, python
+
+# One rank's steps take 60 ms more.
+SLOW = """
+import os, time
+
+from shardemb.models.dlrm import DLRM
+
+class Slow(DLRM):
+    def __init__(self, embeddings, num_dense, rank):
+        super().__init__(embeddings, num_dense, dense_layers=[8], over_layers=[8])
+        self.is_slow = int(os.environ["RANK"]) == rank
+
+    def forward(self, batch):
+        time.sleep(0.06 * (self.is_slow and self.training))
+        return super().forward(batch)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, data: Path) -> Run:
+    (tmp_path / "slow.py").write_text(SLOW)
+    return Run(tmp_path, data)
+
+
+def train(run: Run, verb: tuple[str, ...], *overrides: str) -> tuple[dict[str, Any], str, float]:
+    """Result, what was shown, and the seconds of the whole command."""
+    begin = time.monotonic()
+    process = python(
+        *("-m", "launch", *verb, run.config, *overrides),
+        PYTHONPATH=f"{run.folder}:{os.getcwd()}",
+    )
+    seconds = time.monotonic() - begin
+    assert process.returncode == 0, process.stderr
+    result = json.loads((run.directory / "result.json").read_text())
+    return result, process.stdout + process.stderr, seconds
+
+
+def check_sum(seconds: dict[str, float], whole: float) -> None:
+    """Each second once; what the command took beyond is the ends of two processes."""
+    assert sum(seconds[part] for part in PARTS) == pytest.approx(seconds["wall"])
+    assert seconds["compute"] + seconds["communication"] == pytest.approx(seconds["training"])
+    assert 0 < whole - seconds["wall"] < 0.5 * whole
+
+
+def test_the_slow_rank_is_named(run: Run) -> None:
+    """In the progress, the summary and the result, with what it costs the other."""
+    args = ["model.name=slow:Slow", "model.args={rank: 1}", "train.epochs=2"]
+    result, shown, whole = train(run, ("train",), *args)
+    assert result["straggler"]["rank"] == 1
+    assert 40 < result["straggler"]["wait_ms"] < result["straggler"]["step_ms"]
+    assert result["straggler"]["step_ms"] > 60
+    assert shown.count("rank 1 (host ") == 2
+    check_sum(result["seconds"], whole)
+    assert result["seconds"]["recovery"] == 0 and result["restarts"] == 0
+    assert result["seconds"]["communication"] > 0.5 * result["seconds"]["training"]
+    for part in ("start", "evaluation", "checkpoints", "data_wait"):
+        assert result["seconds"][part] > 0
+    assert "(estimated" in shown
+
+
+def test_a_failure_costs_recovery(run: Run) -> None:
+    """Workers that are started again import and load anew: seconds, in which nothing is won."""
+    verb = ("launch", "torchrun", "--rdzv-endpoint", "127.0.0.1:29477")
+    result, shown, whole = train(run, verb, *run.mortal("SIGKILL"), "checkpoint.every_steps=5")
+    check_sum(result["seconds"], whole)
+    assert result["restarts"] == 1
+    assert result["seconds"]["recovery"] > 1
+    assert "restarted 1 times" in shown
+    metrics = [line for line in run.metrics() if line["kind"] == "train"]
+    assert [line["restarts"] for line in metrics] == [0] * 5 + [1] * (len(metrics) - 5)
