@@ -14,6 +14,7 @@ from pathlib import Path
 from launch.endpoint import interface_of
 from launch.host_facts import HostFacts, facts_of
 from launch.logs import WorkerLogs
+from launch.ray_metrics import RayMetrics
 from launch.shared_storage import Mark, missing_marks, place_marks, remove_marks
 from launch.worker import Worker, failure_of_silence, forget_reports, last_step
 from shardemb.config import RunConfig, load_config
@@ -57,6 +58,7 @@ class Host:
         self._workers: list[Worker] = []
         self._logs = WorkerLogs(self._folder, self._config.output, run_id)
         self._shown = ""  # and not yet asked for
+        self._metrics: RayMetrics | None = None
 
     def name(self) -> str:
         return socket.gethostname()
@@ -83,7 +85,9 @@ class Host:
         count = self._config.launch.nproc_per_node
         self._shown += self._logs.copy()
         forget_reports(self._folder, range(count))
-        arguments = ["-m", "shardemb.train", str(self._folder / "config.yaml")]
+        self._metrics = RayMetrics() if place.index == 0 else None
+        overrides = ["launch.metrics_port=null"]  # Ray has its own
+        arguments = ["-m", "shardemb.train", str(self._folder / "config.yaml"), *overrides]
         common: dict[str, int | str] = {
             "WORLD_SIZE": place.count * count,
             "LOCAL_WORLD_SIZE": count,
@@ -112,13 +116,16 @@ class Host:
 
     def state(self) -> HostState:
         found = [self._failure(worker) for worker in self._workers]
-        return HostState(
+        state = HostState(
             failures=[failure for failure in found if failure],
             is_done=all(worker.process.poll() is not None for worker in self._workers),
             step=last_step(self._folder, range(len(self._workers))),
             shown=self._new_lines(),
             directory=self._directory(),
         )
+        if self._metrics and state.directory:
+            self._metrics.show(self._config.output / "metrics.jsonl")
+        return state
 
     def _failure(self, worker: Worker) -> Failure | None:
         failure = worker.failure()

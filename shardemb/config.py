@@ -360,6 +360,10 @@ class LaunchConfig(_Section):
     wait_seconds: float = Field(
         default=300, gt=0, description="for hosts: at the start, and for one that was lost"
     )
+    metrics_port: int | None = Field(
+        default=None, gt=0, lt=65536, description="of rank 0, for Prometheus; default: none"
+    )
+    metrics_host: str = Field(default="127.0.0.1", description="the address of metrics_port")
 
 
 class ElasticConfig(_Section):

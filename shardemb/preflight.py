@@ -10,6 +10,7 @@ from shardemb.data.ids import check_vocabularies
 from shardemb.data.pretrained import pretrained_tables
 from shardemb.data.schema import BatchSchema
 from shardemb.data.sources import parquet_files
+from shardemb.metrics.exported import refuse_unavailable
 from shardemb.planning import plan_run
 from shardemb.run_directory import check_output
 from shardemb.sharding.limits import refuse_unsendable, refuse_unsupported
@@ -21,6 +22,8 @@ def check_run(config: RunConfig, topology: Topology) -> None:
     refuse_unsupported(plan_run(config, topology), config.table_specs(), known_device)
     refuse_unsendable(config.train.communication, known_device)
     check_output(config.output)
+    if config.launch.metrics_port is not None:
+        refuse_unavailable()
     read_info(config.data.dir)
     schema = BatchSchema.from_config(config)
     check_vocabularies(schema)

@@ -1,4 +1,5 @@
-"""What one rank reports while it trains: a progress line, metrics.jsonl, TensorBoard."""
+"""What one rank reports while it trains: a progress line, metrics.jsonl, TensorBoard, and metrics
+for Prometheus."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from planner import UserError
 from shardemb.config import RunConfig
 from shardemb.metrics.evaluation import Evaluation
+from shardemb.metrics.exported import MetricsServer
 from shardemb.metrics.terminal import terminal_console
 from shardemb.run_directory import RunDirectory, without_nan
 from shardemb.summary import summarize_evaluation
@@ -52,6 +54,8 @@ class RunLog:
         self._task = self._bar.add_task("train", total=total_steps, figures="first step")
         self._last_line = 0.0
         self._slowest: int | None = None
+        host, port = config.launch.metrics_host, config.launch.metrics_port
+        self._server = None if port is None else MetricsServer(host, port)
 
     def __enter__(self) -> RunLog:
         if self._console.is_terminal:
@@ -65,6 +69,8 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.stop()
+        if self._server:
+            self._server.close()
         if "_tensorboard" in vars(self):
             self._tensorboard.close()
 
@@ -80,7 +86,10 @@ class RunLog:
 
     def report(self, progress: Progress) -> None:
         self.begin()
-        self._write({"kind": "train", "time": time.time(), **asdict(progress)})
+        line = {"kind": "train", "time": time.time(), **asdict(progress)}
+        self._write(line)
+        if self._server:
+            self._server.show(line)
         for name in ("train_loss", "samples_per_second", "data_wait_fraction"):
             self._tensorboard.add_scalar(f"train/{name}", getattr(progress, name), progress.step)
         figures = (
