@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from launch.data import ConfigPath, Json, Overrides
+from planner import RequestError
 
 launch_app = typer.Typer(no_args_is_help=True, help="Run on many hosts.")
 
@@ -61,7 +62,10 @@ def ray(
     overrides: Overrides = None,
     address: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="of a running cluster; default: this machine alone"),
+        typer.Option(
+            metavar="HOST:PORT",
+            help="of a running cluster; default: this machine alone; with --submit its URL",
+        ),
     ] = None,
     num_hosts: Annotated[
         int | None, typer.Option(help="default: elastic.max_hosts, or all that have room", min=1)
@@ -69,14 +73,25 @@ def ray(
     workers_per_host: Annotated[
         int | None, typer.Option(help="default: launch.nproc_per_node", min=1)
     ] = None,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="as a job of the cluster at --address http://HEAD:8265")
+    ] = False,
+    emit: Annotated[
+        Literal["kuberay"] | None, typer.Option(help="print a RayJob manifest, and stop")
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="with --emit: of the containers")] = None,
+    claim: Annotated[
+        str | None,
+        typer.Option(metavar="NAME:PATH", help="with --emit: a volume claim that hosts share"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """A run on the hosts of a Ray cluster.
 
     Workers that fail are started again and go on from the last checkpoint, on fewer hosts where
-    `elastic` allows it. SIGTERM saves one first.
+    `elastic` allows it. SIGTERM saves one first. With --submit the run is a job, which is followed
+    and whose exit code is this command's; Ctrl-C leaves it running.
     """
-    from launch.ray_launcher import run_ray
     from shardemb.config import load_config
     from shardemb.summary import summarize
 
@@ -84,5 +99,20 @@ def ray(
     if workers_per_host is not None:
         overrides.append(f"launch.nproc_per_node={workers_per_host}")
     config = load_config(config_path, overrides)
-    result = json.loads(run_ray(config, num_hosts, address))
+    if emit:
+        from launch.kuberay import kuberay_manifest
+
+        print(kuberay_manifest(config, image, num_hosts, claim), end="")
+        return
+    if submit:
+        from launch.ray_job import run_job
+
+        if address is None:
+            raise RequestError("--submit needs --address http://HEAD:8265")
+        options = ["--num-hosts", str(num_hosts)] if num_hosts else []
+        result = json.loads(run_job(config, config_path, overrides, options, address))
+    else:
+        from launch.ray_launcher import run_ray
+
+        result = json.loads(run_ray(config, num_hosts, address))
     print(json.dumps(result) if as_json else summarize(config, result))

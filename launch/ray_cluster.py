@@ -51,25 +51,33 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
     RequestError where Ray is not installed; UserError where the cluster does not answer, or does
     not take this user's token.
     """
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise RequestError(
-            "`shardemb launch ray` needs Ray: pip install 'shardemb[ray]'"
-        ) from error
+    import_ray()
+    import ray
+
     with tempfile.TemporaryDirectory(prefix="shardemb-") as folder:
         if address is None:
             _make_token(Path(folder) / "token")
         else:
             _check_reachable(address)
-            _check_token_file()
+            check_token_file()
         _init(address, cpus)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def import_ray() -> None:
+    """With this project's settings, which Ray reads when it is imported; RequestError where it is
+    not installed."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise RequestError(
+            "`shardemb launch ray` needs Ray: pip install 'shardemb[ray]'"
+        ) from error
 
 
 def _init(address: str | None, cpus: int) -> None:
@@ -134,7 +142,7 @@ def _token_file() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
 
 
-def _check_token_file() -> None:
+def check_token_file() -> None:
     """A token that others on this machine can read is none."""
     path = _token_file()
     if os.environ["RAY_AUTH_MODE"] != "token" or "RAY_AUTH_TOKEN" in os.environ:
