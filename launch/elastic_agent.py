@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest
 
 from launch.logs import WorkerLogs
 from launch.meeting import Meeting
+from launch.ports import PortWarning
 from launch.recovery import Recovery, WorkerError
 from launch.worker import (
     failure_of_process,
@@ -55,7 +56,7 @@ class Agent(LocalElasticAgent):
         self._meeting, self._recovery, self._hang_seconds = meeting, recovery, hang_seconds
         self._next_question, self._hosts = 0.0, 0
         self._left_out: set[str] = set()  # hosts that were lost before
-        self.is_stopping = False
+        self.is_stopping, self._ports = False, PortWarning()
         self._told: set[int] = set()  # processes that were asked to stop
 
     def ask_to_stop(self) -> bool:
@@ -80,6 +81,8 @@ class Agent(LocalElasticAgent):
         asked when all have."""
         self._pass_on_stop(worker_group)
         self.logs.show()
+        if self.logs.has_begun:
+            self._ports.say(worker.id for worker in worker_group.workers)
         failures = self._failures(worker_group)
         if failures or self._is_cut_off():
             failures = self._wait_for_cause(worker_group, failures)

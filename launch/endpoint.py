@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import ipaddress
+import os
 import socket
 import struct
 import time
@@ -83,6 +84,16 @@ def reach(endpoint: Endpoint, wait_seconds: float) -> str:
                 f"{endpoint.host}, and let its firewall pass the port"
             )
         time.sleep(0.2)
+
+
+def network_environment(address: str) -> dict[str, str]:
+    """For workers: gloo and NCCL are to use the interface of `address`, unless the user says
+    otherwise. By default gloo listens where the host's name leads, on Debian to itself."""
+    interface = interface_of(address)
+    if interface is None:
+        return {}
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {name: os.environ.get(name, interface) for name in names}
 
 
 def interface_of(address: str) -> str | None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from launch.endpoint import network_environment
 from launch.logs import WorkerLogs, terminal_environment
+from launch.ports import PortWarning
 from launch.recovery import WorkerError
 from launch.worker import Worker, close_directory, first_cause
 from shardemb.failure import Failure
@@ -57,6 +59,7 @@ def _place(rank: int, nproc: int, port: int) -> dict[str, int | str]:
         "LOCAL_WORLD_SIZE": nproc,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
+        **network_environment("127.0.0.1"),
     }
 
 
@@ -76,10 +79,13 @@ def message_of(error: BaseException) -> str:
 
 
 def _wait(workers: list[Worker], logs: WorkerLogs) -> None:
+    ports = PortWarning()
     while any(worker.process.poll() is None for worker in workers):
         if any(worker.failure() for worker in workers):
             break
         logs.show()
+        if logs.has_begun:
+            ports.say(worker.process.pid for worker in workers)
         time.sleep(POLL_SECONDS)
     logs.show()
     deadline = time.monotonic() + GRACE_SECONDS

@@ -38,6 +38,11 @@ class WorkerLogs:
         self._kept: dict[int, BinaryIO] = {}  # by rank
         self._attempts = 0
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a run directory: training has reported its first step."""
+        return self._directory is not None
+
     def begin(self, files: Mapping[int, Sequence[Path]]) -> None:
         """New workers print into these, by rank; the first rank's are shown.
 

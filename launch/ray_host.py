@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import tempfile
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.endpoint import interface_of
+from launch.endpoint import network_environment
 from launch.host_facts import HostFacts, facts_of
 from launch.logs import WorkerLogs
 from launch.ray_metrics import RayMetrics
@@ -96,7 +95,7 @@ class Host:
             "MASTER_PORT": place.master_port,
             RUN_ID: self._run_id,
             LAUNCHED: self._launched,
-            **self._network(),
+            **network_environment(self._address),
         }
         self._workers = [
             Worker(
@@ -107,12 +106,6 @@ class Host:
             for local_rank in range(count)
         ]
         self._logs.begin({worker.rank: [worker.log] for worker in self._workers})
-
-    def _network(self) -> dict[str, str]:
-        """The interface of Ray's address: a host's name may lead elsewhere, on Debian to itself."""
-        interface = interface_of(self._address)
-        names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ()
-        return {name: os.environ.get(name, interface or "") for name in names}
 
     def state(self) -> HostState:
         found = [self._failure(worker) for worker in self._workers]

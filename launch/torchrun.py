@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from launch.elastic_agent import Agent
-from launch.endpoint import interface_of, parse_endpoint
+from launch.endpoint import network_environment, parse_endpoint
 from launch.host_facts import HostFacts, facts_of, refuse_differences
 from launch.local import message_of
 from launch.logs import terminal_environment
@@ -151,11 +151,7 @@ def _set_environment(meeting: Meeting, folder: Path, workers: int) -> None:
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # or a killed worker's last lines are lost
     # Or new workers look for the old ones (torch 2.13).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    # Or they listen where the host's name leads, on Debian to itself.
-    interface = interface_of(meeting.address)
-    if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    os.environ.update(network_environment(meeting.address))
 
 
 def _as_told(error: BaseException, meeting: Meeting, wait_seconds: float) -> BaseException:

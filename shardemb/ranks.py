@@ -6,13 +6,16 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from planner import RequestError
+from shardemb.failure import has_launcher
 
+_MEETING = timedelta(minutes=30)  # for all ranks to come, as torch has it
 _ALONE = {
     "RANK": "0",
     "WORLD_SIZE": "1",
@@ -29,16 +32,40 @@ def process_group(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[t
 
     gloo on CPU, nccl on CUDA. A process started alone is a world of one.
     """
-    if "RANK" not in os.environ:
+    is_alone = "RANK" not in os.environ
+    if is_alone:
         os.environ.update(_ALONE)
     chosen = pick_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    if is_alone or has_launcher():
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=_store(rank, ranks), rank=rank, world_size=ranks)
+    else:
+        dist.init_process_group(backend)
     _check_hosts()
     yield chosen
     # Not after an exception: other ranks may be in a collective that this would wait for.
     dist.destroy_process_group()
+
+
+def _store(rank: int, ranks: int) -> dist.TCPStore:
+    """Where ranks meet, on MASTER_ADDR, an IPv4 address of rank 0's host: left to itself, torch's
+    listens on all that it has."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listener = None
+    if rank == 0:
+        listener = socket.create_server((address, port), backlog=ranks)
+        port = listener.getsockname()[1]
+    return dist.TCPStore(
+        address,
+        port,
+        ranks,
+        is_master=rank == 0,
+        timeout=_MEETING,
+        master_listen_fd=listener.detach() if listener else None,
+    )
 
 
 def _check_hosts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -78,8 +79,10 @@ def run(tmp_path: Path, data: Path, hosts: Hosts) -> HostsRun:
 def whole(tmp_path_factory: pytest.TempPathFactory, data: Path, hosts: Hosts) -> HostsRun:
     """A run on two hosts that nothing disturbs."""
     run = HostsRun(tmp_path_factory.mktemp("whole"), data, hosts)
-    for code, out, err in finish(run.start("--json")):
+    for host, (code, out, err) in enumerate(finish(run.start("--json"))):
         assert code == 0, err
+        (warning,) = re.findall("other machines can connect to (.*)", err)
+        assert all(port.startswith(f"10.77.0.{host + 1}:") for port in warning.split(", "))
         assert json.loads(out) == json.loads((run.directory / "result.json").read_text())
     return run
 
