@@ -7,6 +7,7 @@ this one: what is submitted is meant to outlive a terminal.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import shlex
 import sys
@@ -79,6 +80,8 @@ def refuse_relative(config: RunConfig) -> None:
 
 def _client(url: str) -> JobSubmissionClient:
     import_ray()
+    if importlib.util.find_spec("aiohttp") is None:
+        raise RequestError("--submit needs Ray's job client: pip install 'ray[default]'")
     check_token_file()
     from ray.job_submission import JobSubmissionClient
 
