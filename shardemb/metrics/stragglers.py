@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from shardemb.metrics.stage_clock import StageClock
 
-FEWEST_STEPS = 5  # timed, before anything is said
 MATERIAL = 0.1  # of a step
 
 
@@ -49,7 +48,7 @@ class StragglerWatch:
         import torch.distributed as dist
 
         recent = self._clock.recent
-        if len(recent) < FEWEST_STEPS or dist.get_world_size() == 1:
+        if len(recent) != recent.maxlen or dist.get_world_size() == 1:  # it is too early to say
             return None
         if self._hosts is None:
             hosts = [""] * dist.get_world_size()

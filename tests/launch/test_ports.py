@@ -61,7 +61,7 @@ def family(pid: int) -> Iterator[int]:
             yield from family(int(child))
 
 
-@pytest.mark.parametrize("verb", ["train", "torchrun"])
+@pytest.mark.parametrize("verb", ["train", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_run_listens_on_loopback_alone(tmp_path: Path, verb: str) -> None:
     """On one host; the endpoint is there where it was asked for. Nothing is warned of."""
     run, endpoint = Run(tmp_path, make_data(tmp_path / "data")), free_port()

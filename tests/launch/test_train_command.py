@@ -29,6 +29,9 @@ RESULT_KEYS = {
     "plan_fingerprint",
     "checkpoint",
     "eval",
+    "seconds",
+    "restarts",
+    "straggler",
 }
 EVAL_KEYS = {"auc", "logloss", "normalized_entropy", "samples"}
 FILES = {
@@ -68,8 +71,8 @@ def read(directory: Path) -> dict[str, Any]:
 
 def numbers(result: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on how fast the machine was."""
-    others = ("samples_per_second", "data_wait_fraction", "embeddings", "checkpoint")
-    return {key: value for key, value in result.items() if key not in others}
+    others = {"samples_per_second", "data_wait_fraction", "embeddings", "seconds", "straggler"}
+    return {key: result[key] for key in result.keys() - others - {"checkpoint"}}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,8 @@ def test_a_person_is_told_the_outcome_and_where_it_is(runs: Runs) -> None:
         shown[2],
     )
     assert re.fullmatch(r"embeddings \d+(\.\d+)? ms a step", shown[1])
-    assert shown[3:] == [f"run directory: {runs.directory}"]
+    assert re.match(r"\d+\.\d s in all: start \d+\.\d, ", shown[3])
+    assert shown[4:] == [f"run directory: {runs.directory}"]
     noise = [line for line in runs.plain.stderr.splitlines() if not line.startswith("step ")]
     assert [line for line in noise if line] == [
         "starting 2 workers on this machine",
