@@ -25,6 +25,7 @@ RESULT_KEYS = {
     "samples_per_second",
     "data_wait_fraction",
     "train_loss",
+    "dense_precision",
     "world_size",
     "plan_fingerprint",
     "checkpoint",
