@@ -6,7 +6,8 @@ Runs of two hosts with two gloo ranks each, again and again, each disturbed once
 while it trains. `torchrun`: hosts are network namespaces of this machine (root, iproute2), so that
 a link can be cut. `ray`: nodes of a cluster on this machine. Where all ranks come back the last
 checkpoint must have the bits of a run that nothing disturbed; where a host stays away every row
-must be trained once, and the AUC be within 0.002 of that run's. Nothing may be left running.
+must be trained once, and the AUC be at most 0.002 below that run's (fewer ranks take smaller steps
+and more of them, after which it is mostly above). Nothing may be left running.
 
 Seconds from the failure on: until a launcher says what happened, until workers have loaded the last
 checkpoint, and until they have trained a step.
@@ -239,8 +240,8 @@ def _check(fault: str, run: Run, whole: Run) -> None:
     if fault in SAME_RANKS:
         assert run.bytes_of_newest() == whole.bytes_of_newest(), "other bits"
     else:
-        difference = abs(result["eval"]["auc"] - expected["eval"]["auc"])
-        assert difference < AUC_TOLERANCE, f"AUC is {difference:.4f} off"
+        lost = expected["eval"]["auc"] - result["eval"]["auc"]
+        assert lost < AUC_TOLERANCE, f"AUC is {lost:.4f} lower"
 
 
 # --- Measuring

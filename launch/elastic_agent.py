@@ -1,33 +1,32 @@
-"""torch's elastic agent with this project's rules of when to start workers again.
+"""torch's elastic agent with this project's workers, and rules of when to start them again.
 
-What is overridden are the methods that torch.distributed.elastic documents for subclasses.
+What is written here are the methods that torch.distributed.elastic documents for subclasses.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, Std
+from torch.distributed.elastic.agent.server import (
+    RunResult,
+    SimpleElasticAgent,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
 
+from launch.forking import Template
 from launch.logs import WorkerLogs
 from launch.meeting import Meeting
 from launch.ports import PortWarning
 from launch.recovery import Recovery, WorkerError
-from launch.worker import (
-    failure_of_process,
-    failure_of_silence,
-    first_cause,
-    forget_reports,
-    last_step,
-)
-from shardemb.failure import Failure, failure_file
+from launch.worker import Worker, failure_of_silence, first_cause, forget_reports, last_step
+from shardemb.failure import Failure
 from shardemb.supervision import StoppedError
 
 # After one worker has ended: time for the others to end or report.
@@ -36,8 +35,11 @@ _WATCH_SECONDS = 1.0  # between questions to the store
 _SILENT_SECONDS = 3.0  # a host that lives says so each second
 
 
-class Agent(LocalElasticAgent):
-    """The workers of this host: kept running, started again, or ended with the reason."""
+class Agent(SimpleElasticAgent):
+    """The workers of this host: kept running, started again, or ended with the reason.
+
+    They report in `folder`, and have `environment` beside this process's own.
+    """
 
     def __init__(
         self,
@@ -47,17 +49,18 @@ class Agent(LocalElasticAgent):
         recovery: Recovery,
         hang_seconds: float,
         output: Path,
+        environment: Mapping[str, str],
     ) -> None:
-        self._folder = folder / "reports"
-        self._folder.mkdir()
-        self._files = _LogFiles(log_dir=str(folder / "logs"), redirects=Std.ALL)
-        super().__init__(spec, self._files)
-        self.logs = WorkerLogs(self._folder, output, meeting.run_id)
+        super().__init__(spec)
+        self._folder, self._environment = folder, environment
+        self._template = Template(folder / "template.log")
+        self._workers: list[Worker] = []
+        self.logs = WorkerLogs(folder, output, meeting.run_id)
         self._meeting, self._recovery, self._hang_seconds = meeting, recovery, hang_seconds
         self._next_question, self._hosts = 0.0, 0
         self._left_out: set[str] = set()  # hosts that were lost before
         self.is_stopping, self._ports = False, PortWarning()
-        self._told: set[int] = set()  # processes that were asked to stop
+        self._told: set[int] = set()  # processes that were asked to stop, of these workers
 
     def ask_to_stop(self) -> bool:
         """Have the workers save and end, soon; whether there are any."""
@@ -72,62 +75,81 @@ class Agent(LocalElasticAgent):
             print(f"going on with {hosts} hosts", file=sys.stderr, flush=True)
         self._hosts = hosts
         self.logs.show()
-        pids: dict[int, Any] = super()._start_workers(worker_group)
-        self.logs.begin(self._files.by_rank)
-        return pids
+        self._told.clear()
+        self._workers = [
+            Worker(worker_group.spec.args, place, self._folder, self._template)
+            for place in self._places(worker_group)
+        ]
+        self.logs.begin({worker.rank: [worker.log] for worker in self._workers})
+        return {worker.local_rank: worker.process.pid for worker in self._workers}
+
+    def _places(self, worker_group: WorkerGroup) -> list[dict[str, int | str]]:
+        return [
+            {
+                **self._environment,
+                "RANK": worker.global_rank,
+                "WORLD_SIZE": worker.world_size,
+                "LOCAL_RANK": worker.local_rank,
+                "LOCAL_WORLD_SIZE": worker_group.spec.local_world_size,
+                "GROUP_RANK": str(worker_group.group_rank),
+                "MASTER_ADDR": str(worker_group.master_addr),
+                "MASTER_PORT": str(worker_group.master_port),
+            }
+            for worker in worker_group.workers
+        ]
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        """Its own method, where one has failed, waits half a minute for the others to end: it is
-        asked when all have."""
-        self._pass_on_stop(worker_group)
+        self._pass_on_stop()
         self.logs.show()
         if self.logs.has_begun:
-            self._ports.say(worker.id for worker in worker_group.workers)
-        failures = self._failures(worker_group)
+            self._ports.say(worker.process.pid for worker in self._workers)
+        failures = self._failures()
         if failures or self._is_cut_off():
-            failures = self._wait_for_cause(worker_group, failures)
-            step = last_step(self._folder, range(len(worker_group.workers)))
-            self._shutdown()
+            failures = self._wait_for_cause(failures)
+            step = last_step(self._folder, range(len(self._workers)))
+            self._stop_workers(worker_group)
             self._judge(failures, step)
             return RunResult(state=WorkerState.FAILED)
-        if any(_exit_code(worker.id) is None for worker in worker_group.workers):
+        if any(worker.process.poll() is None for worker in self._workers):
             return RunResult(state=WorkerState.HEALTHY)
-        return super()._monitor_workers(worker_group)
+        done = {worker.rank: None for worker in self._workers}
+        return RunResult(state=WorkerState.SUCCEEDED, return_values=done)
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
+    def _stop_workers(self, *_: Any, **__: Any) -> None:
         """At once: workers wait in collectives for others, where no other signal reaches them."""
-        super()._shutdown(signal.SIGKILL, timeout)
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.process.wait()
 
-    def _pass_on_stop(self, worker_group: WorkerGroup) -> None:
-        if not self.is_stopping:
-            return
-        for worker in worker_group.workers:
-            if worker.id not in self._told:
-                self._told.add(worker.id)
-                if _exit_code(worker.id) is None:
-                    os.kill(worker.id, signal.SIGTERM)
+    def _shutdown(self, *_: Any, **__: Any) -> None:
+        self._stop_workers()
+        self._template.close()
 
-    def _failures(self, worker_group: WorkerGroup) -> list[Failure]:
+    def _pass_on_stop(self) -> None:
+        for worker in self._workers if self.is_stopping else ():
+            if worker.rank not in self._told and worker.process.poll() is None:
+                self._told.add(worker.rank)
+                worker.process.send_signal(signal.SIGTERM)
+
+    def _failures(self) -> list[Failure]:
         found = []
-        for worker in worker_group.workers:
-            report = failure_file(self._folder, worker.local_rank)
-            code = _exit_code(worker.id)
-            *_, errors = self._files.by_rank[worker.global_rank]
-            failure = failure_of_process(worker.global_rank, report, code, errors)
-            if failure is None and code is None:
-                place = worker.global_rank, self._folder, worker.local_rank
+        for worker in self._workers:
+            failure = worker.failure()
+            if failure is None and worker.process.poll() is None:
+                place = worker.rank, self._folder, worker.local_rank
                 failure = failure_of_silence(*place, self._hang_seconds)
             if failure:
-                found.append(self.logs.named(failure, worker.global_rank))
+                found.append(self.logs.named(failure, worker.rank))
         return found
 
-    def _wait_for_cause(self, worker_group: WorkerGroup, failures: list[Failure]) -> list[Failure]:
+    def _wait_for_cause(self, failures: list[Failure]) -> list[Failure]:
         """Where an echo came first: what else fails, here or on another host."""
         deadline = time.monotonic() + GRACE_SECONDS
         while all(f.is_echo for f in failures) and time.monotonic() < deadline:
             self._raise_stop_of_another()
             time.sleep(0.05)
-            failures = self._failures(worker_group)
+            failures = self._failures()
         return failures
 
     def _judge(self, failures: list[Failure], step: int) -> None:
@@ -162,28 +184,3 @@ class Agent(LocalElasticAgent):
         self._next_question = time.monotonic() + _WATCH_SECONDS
         self._raise_stop_of_another()
         return bool(set(self._meeting.lost_hosts(self._hang_seconds)) - self._left_out)
-
-
-class _LogFiles(DefaultLogsSpecs):
-    """Knows the files that each rank prints into, stderr's last."""
-
-    by_rank: dict[int, list[Path]]
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        files = super().reify(envs)
-        self.by_rank = {
-            int(envs[local_rank]["RANK"]): [Path(out), Path(files.stderrs[local_rank])]
-            for local_rank, out in files.stdouts.items()
-        }
-        return files
-
-
-def _exit_code(pid: int) -> int | None:
-    """As subprocess has it, of a child that stays to be waited for; None while it runs."""
-    try:
-        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # the agent has waited for it
-        return 0
-    if ended is None:
-        return None
-    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status

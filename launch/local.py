@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launch.endpoint import network_environment
+from launch.forking import Template
 from launch.logs import WorkerLogs, terminal_environment
 from launch.ports import PortWarning
 from launch.recovery import WorkerError
@@ -34,12 +35,12 @@ def run_workers(arguments: Sequence[str], nproc: int) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="shardemb-") as scratch, _signals_as_exit():
         workers: list[Worker] = []
-        logs = WorkerLogs(Path(scratch))
+        template, logs = Template(Path(scratch) / "template.log"), WorkerLogs(Path(scratch))
         try:
             port = _free_port()
             for rank in range(nproc):
                 place = {**_place(rank, nproc, port), **terminal_environment()}
-                workers.append(Worker(arguments, place, Path(scratch)))
+                workers.append(Worker(arguments, place, Path(scratch), template))
             logs.begin({worker.rank: [worker.log] for worker in workers})
             _wait(workers, logs)
         except BaseException as error:
@@ -49,6 +50,7 @@ def run_workers(arguments: Sequence[str], nproc: int) -> None:
             raise
         finally:
             _end(workers)
+            template.close()
 
 
 def _place(rank: int, nproc: int, port: int) -> dict[str, int | str]:

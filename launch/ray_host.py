@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.endpoint import network_environment
+from launch.forking import Template
 from launch.host_facts import HostFacts, facts_of
 from launch.logs import WorkerLogs
 from launch.ray_metrics import RayMetrics
@@ -54,6 +55,7 @@ class Host:
         (self._folder / "config.yaml").write_text(config)
         self._config: RunConfig = load_config(self._folder / "config.yaml")
         self._run_id, self._address, self._launched = run_id, address, launched
+        self._template = Template(self._folder / "template.log")
         self._workers: list[Worker] = []
         self._logs = WorkerLogs(self._folder, self._config.output, run_id)
         self._shown = ""  # and not yet asked for
@@ -102,6 +104,7 @@ class Host:
                 arguments,
                 {**common, "RANK": place.index * count + local_rank, "LOCAL_RANK": local_rank},
                 self._folder,
+                self._template,
             )
             for local_rank in range(count)
         ]

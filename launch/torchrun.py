@@ -42,10 +42,10 @@ from launch.shared_storage import (
     refuse_unshared,
     remove_marks,
 )
-from launch.worker import close_directory, threads
+from launch.worker import close_directory
 from planner import RequestError, Topology, UserError
 from shardemb.config import RunConfig
-from shardemb.failure import REPORT_FOLDER, Failure
+from shardemb.failure import Failure
 from shardemb.preflight import check_run
 from shardemb.supervision import RUN_ID
 
@@ -99,6 +99,8 @@ def _run_agent(
     meeting: Meeting, config: RunConfig, arguments: Sequence[str], nnodes: int, folder: Path
 ) -> None:
     launch = config.launch
+    # Or new workers look for the old ones (torch 2.13).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     handler = DynamicRendezvousHandler.from_backend(
         run_id=meeting.run_id,
         store=meeting.store,
@@ -121,9 +123,15 @@ def _run_agent(
         max_restarts=_AGENT_RESTARTS,
         local_addr=meeting.address,
     )
-    recovery = Recovery(launch.max_restarts)
-    agent = Agent(spec, meeting, folder, recovery, launch.hang_seconds, config.output)
-    _set_environment(meeting, folder, launch.nproc_per_node)
+    agent = Agent(
+        spec,
+        meeting,
+        folder,
+        Recovery(launch.max_restarts),
+        launch.hang_seconds,
+        config.output,
+        {RUN_ID: meeting.run_id, **terminal_environment(), **network_environment(meeting.address)},
+    )
     try:
         try:
             with _signals(agent):
@@ -134,24 +142,12 @@ def _run_agent(
             raise RendezvousClosedError
     except BaseException as error:
         reason = _as_told(error, meeting, launch.wait_seconds)
-        close_directory(folder / "reports", message_of(reason))
+        close_directory(folder, message_of(reason))
         if reason is error:
             raise
         raise reason from error
     finally:
         _close(handler)
-
-
-def _set_environment(meeting: Meeting, folder: Path, workers: int) -> None:
-    """Of the workers, which inherit it."""
-    os.environ[RUN_ID] = meeting.run_id
-    os.environ[REPORT_FOLDER] = str(folder / "reports")
-    os.environ.update(terminal_environment())
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads(workers)))
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")  # or a killed worker's last lines are lost
-    # Or new workers look for the old ones (torch 2.13).
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.update(network_environment(meeting.address))
 
 
 def _as_told(error: BaseException, meeting: Meeting, wait_seconds: float) -> BaseException:

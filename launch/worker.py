@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 
+from launch.forking import Template
 from shardemb.failure import (
     REPORT_FOLDER,
     Failure,
@@ -34,7 +32,11 @@ class Worker:
     """
 
     def __init__(
-        self, arguments: Sequence[str], place: Mapping[str, int | str], folder: Path
+        self,
+        arguments: Sequence[str],
+        place: Mapping[str, int | str],
+        folder: Path,
+        template: Template,
     ) -> None:
         self.rank, self.local_rank = int(place["RANK"]), int(place["LOCAL_RANK"])
         self.log = folder / f"rank_{self.local_rank}.log"
@@ -43,16 +45,7 @@ class Worker:
         environment[REPORT_FOLDER] = str(folder)
         environment.setdefault("OMP_NUM_THREADS", str(threads(int(place["LOCAL_WORLD_SIZE"]))))
         environment.setdefault("PYTHONUNBUFFERED", "1")  # or a killed worker's last lines are lost
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *arguments],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C comes to us alone, and we end the workers
-                preexec_fn=partial(_end_with_parent, os.getpid(), _libc()),
-            )
+        self.process = template.start(arguments, environment, self.log)
 
     def failure(self) -> Failure | None:
         """Why this worker ends; None while all is well. One that has told why may still run."""
@@ -61,7 +54,8 @@ class Worker:
     def kill(self) -> None:
         """Kill the worker and what it has started, which is in its session."""
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended just now
+                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def failure_of_process(rank: int, file: Path, code: int | None, log: Path) -> Failure | None:
@@ -132,17 +126,3 @@ def threads(workers: int) -> int:
     """A worker's share of this host's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (cores or 1) // workers)
-
-
-def _libc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _end_with_parent(parent: int, libc: ctypes.CDLL | None) -> None:
-    """Linux: have the kernel kill this worker when its launcher dies, even by SIGKILL."""
-    if libc is None:
-        return
-    pr_set_pdeathsig = 1
-    libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the kernel knew
-        os._exit(1)

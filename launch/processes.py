@@ -1,0 +1,23 @@
+"""Processes that end with the one that started them, even by SIGKILL."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+
+def libc() -> ctypes.CDLL | None:
+    """Loaded before a fork, where it is needed after."""
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def end_with_parent(parent: int, library: ctypes.CDLL | None) -> None:
+    """Linux: have the kernel kill this process, a child of `parent`, when that dies."""
+    if library is None:
+        return
+    pr_set_pdeathsig = 1
+    library.prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel knew
+        os._exit(1)
