@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
 
 from shardemb.failure import Failure
 from shardemb.metrics.terminal import TERMINAL
@@ -35,7 +34,7 @@ class WorkerLogs:
         self._reports, self._output, self._run_id = reports, output, run_id
         self._sources: list[_Source] = []
         self._directory: Path | None = None
-        self._kept: dict[int, BinaryIO] = {}  # by rank
+        self._kept: dict[int, Path] = {}  # by rank
         self._attempts = 0
 
     @property
@@ -82,16 +81,17 @@ class WorkerLogs:
     def named(self, failure: Failure, rank: int) -> Failure:
         """With the log of the rank that failed; what is a user's mistake needs none."""
         kept = self._kept.get(rank)
-        return failure if failure.is_final or not kept else replace(failure, log=kept.name)
+        return failure if failure.is_final or not kept else replace(failure, log=str(kept))
 
     def _keep(self, source: _Source, folder: Path) -> None:
         with suppress(OSError):  # a full disk is told by what the run itself writes
-            if source.rank not in self._kept:
-                folder.mkdir(exist_ok=True)
-                path = folder / f"rank_{source.rank}.log"
-                self._kept[source.rank] = path.open("ab", buffering=0)
             new = source.mark + source.unread(source.kept)
-            source.kept += self._kept[source.rank].write(new) - len(source.mark)
+            if not new:
+                return
+            folder.mkdir(exist_ok=True)
+            path = self._kept.setdefault(source.rank, folder / f"rank_{source.rank}.log")
+            with path.open("ab", buffering=0) as file:
+                source.kept += file.write(new) - len(source.mark)
             source.mark = b""
 
 

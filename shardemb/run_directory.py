@@ -39,6 +39,13 @@ class Created:
     earlier: str | None  # where the earlier run of this name is now
     is_resumed: bool = False  # it was there before: this run goes on in it
 
+    def is_there(self) -> bool:
+        """Or another is in its place: an earlier run, whose name it had for a while."""
+        with suppress(OSError):
+            found = Path(self.path).stat()
+            return (found.st_dev, found.st_ino) == (self.device, self.inode)
+        return False
+
 
 class RunDirectory:
     """Where a run keeps what it makes; an earlier run of the same `output` stays beside it.
@@ -127,7 +134,8 @@ def begun_directory(reports: Path, output: Path | None, run_id: str | None) -> P
     """For a launcher: the directory that its workers, which report in `reports`, write a run in, or
     those of another host; None before there is one."""
     for note in reports.glob(directory_note(failure_file(reports, "*")).name):
-        return Path(Created(**json.loads(note.read_text())).path)
+        created = Created(**json.loads(note.read_text()))
+        return Path(created.path) if created.is_there() else None
     return output if output and run_id and is_begun(output, run_id) else None
 
 
@@ -140,9 +148,7 @@ def close_failed(created: Created, error: str) -> None:
     """
     path = Path(created.path)
     with suppress(OSError, ValueError):  # ValueError: metrics.jsonl was changed from outside
-        found = path.stat()
-        is_ours = (found.st_dev, found.st_ino) == (created.device, created.inode)
-        if not is_ours or (path / "result.json").exists():
+        if not created.is_there() or (path / "result.json").exists():
             return
         steps = _reported_steps(path / "metrics.jsonl")
         if len(steps) > 1 or created.is_resumed or (path / "checkpoints").exists():

@@ -16,7 +16,7 @@ def summarize(config: RunConfig, result: dict[str, Any]) -> str:
     """What a user wants to know at the end of a run, next to what he could have reached."""
     speed = result["samples_per_second"]
     shown = "" if speed is None else f", {speed:,.0f} samples/s"
-    if result["dense_precision"] == "bf16":
+    if result.get("dense_precision") == "bf16":
         shown += ", dense part in bf16"
     lines = [f"trained {result['steps']} steps{shown}"]
     if result.get("embeddings"):
