@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import cycle, pairwise
@@ -52,6 +52,7 @@ from planner.learned_plan import make_learned_plan
 from planner.request import learned_cost
 from planner.table_list import load_table_list
 from shardemb.data.batch import Batch
+from shardemb.dense_precision import has_bf16
 from shardemb.models.dcn_v2 import DCNv2
 from shardemb.models.dlrm import DLRM
 from shardemb.optimizer_config import DenseOptimizerConfig, TableOptimizerConfig
@@ -334,17 +335,46 @@ def timed(step: Step, count: int) -> float:
     return time.perf_counter() - start
 
 
-def table(rows: Iterator[tuple[str, int, list[list[float]]]]) -> str:
+class Measured(NamedTuple):
+    model: str
+    ranks: int
+    rates: list[list[float]]  # [ways][turns] samples/s
+
+    def speedup(self, way: int, rival: int) -> float:
+        """Turn by turn: what slows the machine slows neighbours alike."""
+        pairs = zip(self.rates[way], self.rates[rival], strict=True)
+        return statistics.median(own / other for own, other in pairs)
+
+
+def speedups(found: Sequence[Measured]) -> str:
+    """Of shardemb over each rival in the same precision, and by default over each by default."""
+    (own, _), (own_bf16, _) = [(i, way) for i, way in enumerate(WAYS) if way.make is ours]
+    lines = ["| model | ranks | rival | in fp32 | in bf16 | by default |"]
+    lines += ["|---|---:|---|---:|---:|---:|"]
+    for each in found:
+        for rival in ("TorchRec", "TorchRec, pipelined", "DDP"):
+            at = {way.precision: i for i, way in enumerate(WAYS) if way.name == rival}
+            bf16 = f"{each.speedup(own_bf16, at['bf16']):.2f}" if "bf16" in at else "-"
+            cells = [each.model, each.ranks, rival, f"{each.speedup(own, at['fp32']):.2f}", bf16]
+            default = own_bf16 if has_bf16(CPU) else own
+            cells.append(f"{each.speedup(default, at['fp32']):.2f}")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[Measured]) -> str:
     lines = ["| model | ranks | way | dense part | samples/s | of shardemb's | lowest, highest |"]
     lines += ["|---|---:|---|---|---:|---:|---:|"]
-    for model, ranks, found in rows:
-        own = {way.precision: r for way, r in zip(WAYS, found, strict=True) if way.make is ours}
-        for way, rates in zip(WAYS, found, strict=True):
-            # Turn by turn: what slows the machine slows neighbours alike.
-            ratios = [rate / best for rate, best in zip(rates, own[way.precision], strict=True)]
-            cells = f"{statistics.median(rates):,.0f} | {statistics.median(ratios):.2f} | "
+    for each in rows:
+        own = {way.precision: i for i, way in enumerate(WAYS) if way.make is ours}
+        for i, (way, rates) in enumerate(zip(WAYS, each.rates, strict=True)):
+            cells = (
+                f"{statistics.median(rates):,.0f} | {each.speedup(i, own[way.precision]):.2f} | "
+            )
             cells += f"{min(rates):,.0f}, {max(rates):,.0f}"
-            lines.append(f"| {model} | {ranks} | {way.name} | {way.precision} | {cells} |")
+            lines.append(
+                f"| {each.model} | {each.ranks} | {way.name} | {way.precision} | {cells} |"
+            )
     return "\n".join(lines)
 
 
@@ -354,23 +384,24 @@ def main(
     ranks: Annotated[str, typer.Option(metavar="N,...")] = "1,2",
     markdown_path: Annotated[Path | None, typer.Option("--markdown")] = None,
 ) -> None:
-    def measured() -> Iterator[tuple[str, int, list[list[float]]]]:
-        for model in models.split(","):
-            for number in map(int, ranks.split(",")):
-                with tempfile.TemporaryDirectory() as scratch:
-                    out = Path(scratch) / "found.json"
-                    arguments = ["-m", "benchmarks.step_throughput", "work", model, str(path)]
-                    run_workers([*arguments, str(out)], number)
-                    found = model, number, json.loads(out.read_text())
-                print(table(iter([found])), file=sys.stderr)  # the others take minutes more
-                yield found
-
+    found = []
+    for model in models.split(","):
+        for number in map(int, ranks.split(",")):
+            with tempfile.TemporaryDirectory() as scratch:
+                out = Path(scratch) / "found.json"
+                arguments = ["-m", "benchmarks.step_throughput", "work", model, str(path)]
+                run_workers([*arguments, str(out)], number)
+                found.append(Measured(model, number, json.loads(out.read_text())))
+            print(table(found[-1:]), file=sys.stderr)  # the others take minutes more
     heading = (
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch "
         f"{torch.__version__}, torchrec {version('torchrec')}; {BATCH_SIZE} rows a rank; medians "
-        f"of {TURNS} turns of {TURN} steps."
+        f"of {TURNS} turns of {TURN} steps, ratios turn by turn. By default the dense part of "
+        f"shardemb is in {'bf16' if has_bf16(CPU) else 'fp32'} here, that of TorchRec and DDP in "
+        "fp32."
     )
-    text = "\n".join(["# Training steps", "", heading, "", table(measured()), ""])
+    parts = ["# Training steps", heading, speedups(found), "## Samples a second", table(found)]
+    text = "\n\n".join(parts) + "\n"
     if markdown_path:
         markdown_path.write_text(text)
     print(text)
