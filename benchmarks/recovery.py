@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -26,8 +27,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -218,17 +219,14 @@ def _disturb(engine: Engine, fault: str, launched: Launched, draw: random.Random
 
 
 def _workers() -> list[int]:
-    """The processes of ranks 0, 1, ..."""
+    """The processes of ranks 0, 1, ..., which have the rank in their name."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments = (path / "cmdline").read_bytes().split(b"\0")
-            environment = (path / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        ranks = [each for each in environment if each.startswith(b"RANK=")]
-        if b"shardemb.train" in arguments and ranks:
-            found[int(ranks[0][5:])] = int(path.name)
+        with suppress(OSError):
+            name = re.fullmatch(r"rank (\d+) shard\w*\n", (path / "comm").read_text())
+            state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+            if name and state != "Z":
+                found[int(name[1])] = int(path.name)
     return [found[rank] for rank in sorted(found)]
 
 
@@ -257,13 +255,15 @@ def make_run(folder: Path, data: Path) -> Run:
     return run
 
 
-def measured(engine: Engine, runs: int, data: Path, folder: Path) -> Iterator[str]:
+def measured(
+    engine: Engine, runs: int, failures: Sequence[str], data: Path, folder: Path
+) -> Iterator[str]:
     """Rows of a table."""
     whole = make_run(folder / f"{engine.name}-whole", data)
     mortal = whole.mortal("SIGKILL", times=0)
     assert Launched(whole, engine.launch(whole, *mortal)).finish()[0] == 0
     engine.mend()
-    for fault in FAULTS[engine.name]:
+    for fault in [each for each in FAULTS[engine.name] if each in failures]:
         found, wrong, draw = [], [], random.Random(f"{engine.name} {fault}")
         for number in range(runs):
             run = make_run(folder / f"{engine.name}-{fault}-{number}".replace(" ", "-"), data)
@@ -303,6 +303,7 @@ def started(name: str, folder: Path) -> Iterator[Engine]:
 def main(
     runs: Annotated[int, typer.Option(metavar="N", help="of each failure")] = 20,
     engines: Annotated[str, typer.Option(metavar="NAME,...")] = "torchrun,ray",
+    failures: Annotated[str, typer.Option(metavar="NAME,...")] = ",".join(FAULTS["torchrun"]),
     markdown_path: Annotated[Path | None, typer.Option("--markdown")] = None,
 ) -> None:
     rows = []
@@ -312,7 +313,7 @@ def main(
         for engine_name in engines.split(","):
             (folder / engine_name).mkdir()
             with started(engine_name, folder / engine_name) as engine:
-                rows += list(measured(engine, runs, data, folder))
+                rows += list(measured(engine, runs, failures.split(","), data, folder))
     heading = (
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores for all four ranks "
         f"and both launchers; {STEPS} steps, a checkpoint after every {CHECKPOINT_EVERY}. Seconds "

@@ -19,7 +19,7 @@ import signal
 import sys
 from typing import Any
 
-from launch.processes import end_with_parent, libc
+from launch.processes import end_with_parent, libc, name_process
 from shardemb.quiet import silence_libraries
 
 _REQUESTS, _LOG = 0, 2  # descriptors
@@ -99,6 +99,7 @@ def _fork(request: dict[str, Any]) -> int:
         return pid
     os.setsid()
     end_with_parent(template, library)
+    name_process(f"rank {request['environment'].get('RANK')} shardemb", library)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)

@@ -26,8 +26,9 @@ me = {
     "environment": {k: v for k, v in os.environ.items() if k.startswith("WORKER_")},
     "is_leader": os.getsid(0) == os.getpid(),
     "imported": "wave" in sys.modules,
-    "name": __name__,
+    "module": __name__,
     "input": sys.stdin.read(),
+    "name": open("/proc/self/comm").read(),
 }
 print(json.dumps(me), flush=True)
 exec(sys.argv[1])
@@ -60,7 +61,7 @@ def template(folder: Path) -> Iterator[Template]:
 
 
 def begin(template: Template, folder: Path, what: str, number: int = 0) -> Process:
-    environment = {**os.environ, "WORKER_NUMBER": str(number)}
+    environment = {**os.environ, "WORKER_NUMBER": str(number), "RANK": str(number)}
     return template.start(["-m", "worker", what], environment, folder / f"log{number}")
 
 
@@ -78,7 +79,8 @@ def test_a_worker_is_a_process_of_its_own(template: Template, folder: Path) -> N
             "environment": {"WORKER_NUMBER": str(i)},
             "is_leader": True,
             "imported": True,
-            "name": "__main__",
+            "module": "__main__",
+            "name": f"rank {i} shardemb\n",
             "input": "",
         }
 
