@@ -20,9 +20,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
-from itertools import cycle, pairwise
+from itertools import cycle
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if not __package__:  # started as a file: its own folder must not hide the packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -36,29 +36,33 @@ from deepctr_torch.models import DCN
 from torch import nn
 from torch.nn.functional import binary_cross_entropy
 
-from benchmarks import step_throughput
-from benchmarks.step_throughput import COLUMNS, CPU, NUM_DENSE, Step, collection, tables_of, timed
+from benchmarks.step_throughput import (
+    COLUMNS,
+    NUM_DENSE,
+    Case,
+    Step,
+    collection,
+    draw_batches,
+    sharded_step,
+    tables_of,
+    timed,
+)
 from launch.local import run_workers
 from planner import TableSpec
-from planner.hardware import preset
-from planner.learned_plan import make_learned_plan
-from planner.request import learned_cost
 from shardemb.data.batch import Batch
 from shardemb.optimizer_config import DenseOptimizerConfig, TableOptimizerConfig
-from shardemb.precision_config import PrecisionConfig
 from shardemb.quiet import silence_libraries
 from shardemb.ranks import process_group
-from shardemb.sharding.shard_model import current_topology, shard_model
-from shardemb.trainer import Trainer
 
 ROWS, DNN_LAYERS, CROSS_LAYERS, RATE = 2048, (256, 128), 3, 0.01  # rows of a step, over all ranks
 WARM_UP, STEPS, TURNS, CORES = 2, 8, 3, os.cpu_count() or 1
+ADAGRAD: dict[str, Any] = {"name": "adagrad", "lr": RATE}
 IDS = {"one id": "dlrm", "MLPerf's ids": "dcn_v2"}
 WAYS = [("DeepCTR-Torch", "fp32", 1), ("shardemb", "fp32", 1), ("shardemb", "fp32", CORES)]
 WAYS += [("shardemb", "auto", CORES)]
 
 
-def deepctr(tables: tuple[TableSpec, ...], batches: list[Batch]) -> Step:
+def deepctr(case: Case) -> Step:
     features = [
         SparseFeat(table.name, table.num_embeddings + 1, COLUMNS)
         if table.pooling_factor == 1
@@ -67,7 +71,7 @@ def deepctr(tables: tuple[TableSpec, ...], batches: list[Batch]) -> Step:
             round(table.pooling_factor),
             "sum",
         )
-        for table in tables
+        for table in case.tables
     ]
     features += [DenseFeat(f"I{i}", 1) for i in range(NUM_DENSE)]
     none = {f"l2_reg_{part}": 0 for part in ("linear", "embedding", "cross", "dnn")}
@@ -75,7 +79,7 @@ def deepctr(tables: tuple[TableSpec, ...], batches: list[Batch]) -> Step:
     # Adagrad as torch has it: DeepCTR-Torch's own choice of it by name has the same.
     optimizer = torch.optim.Adagrad(model.parameters(), lr=RATE)
     model.train()
-    inputs = cycle([(in_columns(batch), batch.labels) for batch in batches])
+    inputs = cycle([(in_columns(batch), batch.labels) for batch in case.batches])
 
     def step() -> None:
         values, labels = next(inputs)
@@ -113,38 +117,18 @@ class SameDCN(nn.Module):
         return logits
 
 
-def ours(tables: tuple[TableSpec, ...], batches: list[Batch], precision: str) -> Step:
-    topology = current_topology().model_copy(update={"hardware": preset("cpu")})
-    rows = ROWS // dist.get_world_size()
-    plan = [make_learned_plan(tables, topology, learned_cost("cpu-2core", rows), rows)]
-    dist.broadcast_object_list(plan, src=0)
-    sharded = shard_model(
-        SameDCN(tables),
-        plan[0].model_copy(update={"topology": current_topology()}),
-        TableOptimizerConfig(name="adagrad", lr=RATE),
-        device=CPU,
-    )
-    trainer = Trainer(
-        sharded,
-        DenseOptimizerConfig(name="adagrad", lr=RATE),
-        precision=PrecisionConfig(dense=precision),  # type: ignore[arg-type]
-    )
-    pairs = pairwise(cycle(batches))
-
-    def step() -> None:
-        trainer.train_step(*next(pairs))
-
-    return step
-
-
 def work(way: str, precision: str, ids: str, path: str, out: str) -> None:
     """One rank: rank 0 writes the rows a second."""
     silence_libraries()
     with process_group("cpu"):
         tables = tables_of(IDS[ids], Path(path))
-        step_throughput.BATCH_SIZE = ROWS // dist.get_world_size()
-        batches = step_throughput.draw_batches(tables)
-        step = deepctr(tables, batches) if way == WAYS[0][0] else ours(tables, batches, precision)
+        batches = draw_batches(tables, ROWS // dist.get_world_size())
+        case = Case(IDS[ids], tables, batches)
+        if way == WAYS[0][0]:
+            step = deepctr(case)
+        else:
+            optimizers = TableOptimizerConfig(**ADAGRAD), DenseOptimizerConfig(**ADAGRAD)
+            step = sharded_step(SameDCN(tables), case, *optimizers, precision)
         timed(step, WARM_UP)
         seconds = timed(step, STEPS)
         if dist.get_rank() == 0:

@@ -42,7 +42,7 @@ import yaml
 
 from tests.launch.emulated_hosts import Hosts
 from tests.launch.hosts_run import Run
-from tests.launch.test_ray_hosts import Cluster, cluster_settings
+from tests.launch.ray_test_cluster import Cluster, cluster_settings
 from tests.launch.tiny_run import make_data
 
 STEPS, CHECKPOINT_EVERY, STEP_SECONDS = 80, 10, 0.05

@@ -104,22 +104,22 @@ def tables_of(model: str, path: Path) -> tuple[TableSpec, ...]:
     )
 
 
-def draw_batches(tables: Sequence[TableSpec]) -> list[Batch]:
+def draw_batches(tables: Sequence[TableSpec], rows: int = BATCH_SIZE) -> list[Batch]:
+    """Of `rows` on this rank."""
     generator = torch.Generator().manual_seed(dist.get_rank())
 
     def draw() -> Batch:
         ids, lengths = [], []
         for table in tables:
             count = round(table.pooling_factor)
-            uniform = torch.rand(BATCH_SIZE * count, generator=generator, dtype=torch.float64)
+            uniform = torch.rand(rows * count, generator=generator, dtype=torch.float64)
             ids.append((uniform**SKEW * table.num_embeddings).long())
-            lengths.append(torch.full((BATCH_SIZE,), count))
+            lengths.append(torch.full((rows,), count))
         keys = [table.feature_names[0] for table in tables]
         sparse = KeyedJaggedTensor(keys, torch.cat(ids), lengths=torch.cat(lengths))
-        dense = torch.rand(BATCH_SIZE, NUM_DENSE, generator=generator)
-        labels = (torch.rand(BATCH_SIZE, generator=generator) < 0.25).float()
-        rows = BATCH_SIZE * dist.get_world_size()
-        return Batch(dense, sparse, labels, torch.ones(BATCH_SIZE), rows)
+        dense = torch.rand(rows, NUM_DENSE, generator=generator)
+        labels = (torch.rand(rows, generator=generator) < 0.25).float()
+        return Batch(dense, sparse, labels, torch.ones(rows), rows * dist.get_world_size())
 
     return [draw() for _ in range(BATCHES)]
 
@@ -154,16 +154,27 @@ def ours(case: Case, precision: str) -> Step:
             low_rank=LOW_RANK,
             over_layers=OVER_LAYERS,
         )
+    table_optimizer = TableOptimizerConfig(lr=TABLE_RATE)
+    dense_optimizer = DenseOptimizerConfig(lr=DENSE_RATE)
+    return sharded_step(model, case, table_optimizer, dense_optimizer, precision)
+
+
+def sharded_step(
+    model: nn.Module,
+    case: Case,
+    table_optimizer: TableOptimizerConfig,
+    dense_optimizer: DenseOptimizerConfig,
+    precision: str,
+) -> Step:
+    """Steps of `model`, sharded by the planner under the profile of such a machine."""
+    rows = len(case.batches[0].mask)
     topology = current_topology().model_copy(update={"hardware": preset("cpu")})
-    plan = [
-        make_learned_plan(case.tables, topology, learned_cost("cpu-2core", BATCH_SIZE), BATCH_SIZE)
-    ]
+    plan = [make_learned_plan(case.tables, topology, learned_cost("cpu-2core", rows), rows)]
     dist.broadcast_object_list(plan, src=0)
     plan[0] = plan[0].model_copy(update={"topology": current_topology()})
-    sharded = shard_model(model, plan[0], TableOptimizerConfig(lr=TABLE_RATE), device=CPU)
     trainer = Trainer(
-        sharded,
-        DenseOptimizerConfig(lr=DENSE_RATE),
+        shard_model(model, plan[0], table_optimizer, device=CPU),
+        dense_optimizer,
         precision=PrecisionConfig(dense=precision),  # type: ignore[arg-type]
     )
     pairs = pairwise(cycle(case.batches))

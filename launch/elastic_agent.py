@@ -80,7 +80,7 @@ class Agent(SimpleElasticAgent):
             Worker(worker_group.spec.args, place, self._folder, self._template)
             for place in self._places(worker_group)
         ]
-        self.logs.begin({worker.rank: [worker.log] for worker in self._workers})
+        self.logs.begin({worker.rank: worker.log for worker in self._workers})
         return {worker.local_rank: worker.process.pid for worker in self._workers}
 
     def _places(self, worker_group: WorkerGroup) -> list[dict[str, int | str]]:

@@ -25,6 +25,7 @@ MODULES = (
     "shardemb.models.dlrm",
     "shardemb.warm_start",
 )
+_GPUS = ("/dev/nvidiactl", "/dev/dxg")  # NVIDIA's driver: on Linux, and under Windows
 _POLL_SECONDS = 0.01
 
 
@@ -51,7 +52,8 @@ class Template:
         """`log` is for what the template prints."""
         self._log, self._modules = log, modules
         self._process: subprocess.Popen[bytes] | None = None
-        self._forks = sys.platform == "linux" and not Path("/dev/nvidiactl").exists()
+        has_gpu = any(map(os.path.exists, _GPUS))
+        self._forks = sys.platform == "linux" and not has_gpu
         self._unread = b""
         self._begun: list[int] = []
         self._codes: dict[int, int] = {}

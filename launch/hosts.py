@@ -99,6 +99,9 @@ def ray(
     if workers_per_host is not None:
         overrides.append(f"launch.nproc_per_node={workers_per_host}")
     config = load_config(config_path, overrides)
+    for option, value in {"--image": image, "--claim": claim}.items():
+        if value is not None and emit is None:
+            raise RequestError(f"{option} is of the manifest: say --emit kuberay too")
     if emit:
         from launch.kuberay import kuberay_manifest
 

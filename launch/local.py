@@ -41,7 +41,7 @@ def run_workers(arguments: Sequence[str], nproc: int) -> None:
             for rank in range(nproc):
                 place = {**_place(rank, nproc, port), **terminal_environment()}
                 workers.append(Worker(arguments, place, Path(scratch), template))
-            logs.begin({worker.rank: [worker.log] for worker in workers})
+            logs.begin({worker.rank: worker.log for worker in workers})
             _wait(workers, logs)
         except BaseException as error:
             _end(workers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,18 +42,14 @@ class WorkerLogs:
         """Whether there is a run directory: training has reported its first step."""
         return self._directory is not None
 
-    def begin(self, files: Mapping[int, Sequence[Path]]) -> None:
-        """New workers print into these, by rank; the first rank's are shown.
+    def begin(self, files: Mapping[int, Path]) -> None:
+        """New workers print into these, by rank; the first rank's is shown.
 
         What earlier ones have printed is to be copied before.
         """
         self._attempts += 1
         mark = f"attempt {self._attempts}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        self._sources = [
-            _Source(rank, path, self._mark(rank, mark) if path is paths[0] else b"")
-            for rank, paths in files.items()
-            for path in paths
-        ]
+        self._sources = [_Source(r, path, self._mark(r, mark)) for r, path in files.items()]
 
     def _mark(self, rank: int, what: str) -> bytes:
         return f"--- rank {rank} on {socket.gethostname()}, {what}\n".encode()
@@ -68,9 +64,8 @@ class WorkerLogs:
                 self._keep(source, self._directory / "logs")
         if not self._sources:
             return ""
-        first = self._sources[0].rank
-        shown = [source.lines() for source in self._sources if source.rank == first]
-        return _prefixed("".join(shown), first)
+        first = self._sources[0]
+        return _prefixed(first.lines(), first.rank)
 
     def show(self) -> None:
         """Copy, and show on stderr."""

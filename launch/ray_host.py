@@ -108,7 +108,7 @@ class Host:
             )
             for local_rank in range(count)
         ]
-        self._logs.begin({worker.rank: [worker.log] for worker in self._workers})
+        self._logs.begin({worker.rank: worker.log for worker in self._workers})
 
     def state(self) -> HostState:
         found = [self._failure(worker) for worker in self._workers]

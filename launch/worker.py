@@ -49,23 +49,20 @@ class Worker:
 
     def failure(self) -> Failure | None:
         """Why this worker ends; None while all is well. One that has told why may still run."""
-        return failure_of_process(self.rank, self.failure_file, self.process.poll(), self.log)
+        code = self.process.poll()
+        if self.failure_file.exists():
+            return Failure(**json.loads(self.failure_file.read_text()))
+        # It has ended amid its work, as os._exit does.
+        is_early = working_mark(self.failure_file).exists()
+        if code is None or (code == 0 and not is_early):
+            return None
+        return Failure(1, _last_words(self.rank, code, self.log), time.time())
 
     def kill(self) -> None:
         """Kill the worker and what it has started, which is in its session."""
         if self.process.poll() is None:
             with suppress(ProcessLookupError):  # it has ended just now
                 os.killpg(self.process.pid, signal.SIGKILL)
-
-
-def failure_of_process(rank: int, file: Path, code: int | None, log: Path) -> Failure | None:
-    """What a worker has reported in `file`, or what its exit code says; None while all is well."""
-    if file.exists():
-        return Failure(**json.loads(file.read_text()))
-    is_early = working_mark(file).exists()  # it has ended amid its work, as os._exit does
-    if code is None or (code == 0 and not is_early):
-        return None
-    return Failure(1, _last_words(rank, code, log), time.time())
 
 
 def failure_of_silence(

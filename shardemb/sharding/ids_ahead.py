@@ -32,7 +32,8 @@ class IdsAhead:
     def __init__(self, model: nn.Module) -> None:
         self.current: KeyedJaggedTensor | None = None
         self._takes_current: dict[Any, bool] = {}  # by collection
-        self._exchanges: dict[Any, _Exchange] = {}
+        self._begun: dict[Any, _Exchange] = {}
+        self._sent: dict[Any, _Exchange] = {}
         for module in model.modules():
             if isinstance(module, ShardedModule):
                 self._takes_current[module] = False
@@ -44,24 +45,25 @@ class IdsAhead:
             if takes_it:
                 context = module.create_context()
                 arriving = module.input_dist(context, following)
-                self._exchanges[module] = _Exchange(following, context, arriving)
+                self._begun[module] = _Exchange(following, context, arriving)
 
     def send(self) -> None:
         """Exchange the ids that were begun with; after that forward."""
-        for exchange in self._exchanges.values():
+        for exchange in self._begun.values():
             exchange.arriving = exchange.arriving.wait()
+        self._sent, self._begun = self._begun, {}
 
     def drop(self) -> None:
         """Wait for ids that nobody will look up."""
-        while self._exchanges:
-            self._exchanges.popitem()[1].arriving.wait()
+        while self._sent:
+            self._sent.popitem()[1].arriving.wait()
 
     def _forward(self, module: Any, features: Any) -> Any:
         """That of ShardedModule, but for ids that are on their way."""
         self._takes_current[module] = features is self.current
-        exchange = self._exchanges.get(module)
+        exchange = self._sent.get(module)
         if exchange is not None and exchange.features is features:
-            del self._exchanges[module]
+            del self._sent[module]
             return module.compute_and_output_dist(exchange.context, exchange.arriving.wait())
         context = module.create_context()
         received = module.input_dist(context, features).wait().wait()

@@ -88,3 +88,24 @@ def test_ids_are_exchanged_ahead(pool: WorkerPool, copies: bool, evaluates: bool
         for name, pieces in held.items():
             for (*_, values), (*_, others) in zip(pieces, held_ahead[name], strict=True):
                 assert torch.equal(values, others), name
+
+
+def train_out_of_turn(plan: Plan, device: DeviceType, announces: bool) -> dict[str, Any]:
+    """What a rank holds after steps of which two were not the announced ones."""
+    trainer = sharded.make_trainer(plan, "adagrad", "sgd", False, device)
+    batches = sharded.own_batches(draw_steps(plan.topology.world_size)[:5], BATCH_SIZE, False)
+    announced = [batches[1], batches[4], batches[0], None, None] if announces else [None] * 5
+    for batch, following in zip(batches, announced, strict=True):
+        trainer.train_step(batch, following)
+    return sharded.holdings(trainer.model, trainer)
+
+
+def test_another_batch_than_was_announced(pool: WorkerPool) -> None:
+    """It is trained all the same, and ids that were sent ahead for nothing are forgotten."""
+    plan = plan_for(pool)
+    plain = pool.run(train_out_of_turn, plan, pool.device, False)
+    announced = pool.run(train_out_of_turn, plan, pool.device, True)
+    for held, others in zip(plain, announced, strict=True):
+        for name, pieces in held.items():
+            for (*_, values), (*_, own) in zip(pieces, others[name], strict=True):
+                assert torch.equal(values, own), name

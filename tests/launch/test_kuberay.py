@@ -106,3 +106,11 @@ def test_what_is_missing_is_told(tmp_path: Path, arguments: list[str], said: str
     """No half of a manifest."""
     with pytest.raises(RequestError, match=said):
         CliRunner().invoke(app, [*COMMAND, write(tmp_path), *arguments], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("option", [["--image", "registry/shardemb:1"], ["--claim", "data:/data"]])
+def test_options_of_a_manifest_alone(tmp_path: Path, option: list[str]) -> None:
+    """They are refused where no manifest is asked for, before a cluster is."""
+    arguments = ["launch", "ray", write(tmp_path), *option]
+    with pytest.raises(RequestError, match=f"{option[0]} is of the manifest: say --emit kuberay"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)

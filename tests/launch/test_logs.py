@@ -22,7 +22,7 @@ MARK = re.compile(r"--- rank (\d+) on (\S+), attempt (\d+), \d{4}-\d\d-\d\d \d\d
 
 
 class Host:
-    """Two ranks of one host that print as told, into two files each."""
+    """Two ranks of one host that print as told, into a file each."""
 
     def __init__(self, folder: Path, first_rank: int = 0) -> None:
         self.reports, self.run = folder / "reports", folder / "run"
@@ -33,15 +33,13 @@ class Host:
 
     def begin(self) -> None:
         self.attempt += 1
-        self.logs.begin(
-            {rank: [self._file(rank, w) for w in ("out", "err")] for rank in self.ranks}
-        )
+        self.logs.begin({rank: self._file(rank) for rank in self.ranks})
 
-    def _file(self, rank: int, which: str) -> Path:
-        return self.reports / f"{rank}.{self.attempt}.{which}"
+    def _file(self, rank: int) -> Path:
+        return self.reports / f"{rank}.{self.attempt}.log"
 
-    def print(self, rank: int, text: str, which: str = "err") -> None:
-        with self._file(rank, which).open("a") as file:
+    def print(self, rank: int, text: str) -> None:
+        with self._file(rank).open("a") as file:
             file.write(text)
 
     def create_run(self, run_id: str = "this run") -> None:
@@ -62,10 +60,10 @@ def test_all_is_kept_once_there_is_a_run_directory(tmp_path: Path) -> None:
     host.create_run()
     host.print(1, "half of a ")
     host.logs.copy()
-    host.print(1, "line\n", "err")
+    host.print(1, "line\n")
     host.logs.copy()
     host.begin()
-    host.print(1, "again\n", "out")
+    host.print(1, "again\n")
     host.logs.copy()
     host.logs.copy()
     assert MARK.sub(r"<\1 \2 \3>", host.kept(1)) == (

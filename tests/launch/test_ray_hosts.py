@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.hosts_run import Run
+from tests.launch.ray_test_cluster import Cluster, cluster_settings
 from tests.launch.tiny_run import TIMEOUT_SECONDS, make_data, python, shardemb
 
 pytestmark = pytest.mark.skipif(
@@ -51,45 +52,6 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
-
-
-class Cluster:
-    """A head without room for workers, and nodes with room for two each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.launch.ray_nodes"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.address = self._answer()
-
-    def _answer(self) -> str:
-        assert self._process.stdout
-        return self._process.stdout.readline().strip()
-
-    def tell(self, word: str) -> None:
-        assert self._process.stdin
-        self._process.stdin.write(f"{word}\n")
-        self._process.stdin.flush()
-        assert self._answer() == "done"
-
-    def close(self) -> None:
-        self._process.communicate(timeout=TIMEOUT_SECONDS)
-
-
-def cluster_settings(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """A token, loopback alone, and modules of `folder` found."""
-    (folder / "token").write_text("0" * 64)
-    (folder / "token").chmod(0o600)
-    patch.setenv("RAY_AUTH_MODE", "token")
-    patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
-    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    patch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', os.getcwd())}")
 
 
 @pytest.fixture(scope="module")
